@@ -1,0 +1,112 @@
+"""Execute lessons from a clean kernel and store their outputs.
+
+    python tools/lessons.py run [NB ...]     # all lessons, or the ones named; stores outputs
+    python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json
+
+Both honour nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
+without a kernel a stored view is an error message, and the static picture beside it stays.
+"""
+
+import argparse
+import configparser
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from fastcore.nbio import dict2nb, does_cell_eval
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def settings() -> configparser.SectionProxy:
+    "The `[lessons]` section of settings.ini."
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "settings.ini")
+    return ini["lessons"]
+
+
+def lessons() -> list[Path]:
+    "Every notebook of the course, in reading order."
+    found = (p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    return sorted(found, key=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+
+
+def skipped_cells(nb) -> set[int]:
+    "Indices of cells that nbdev would not evaluate."
+    cells = dict2nb(nb).cells
+    return {i for i, c in enumerate(cells) if c.cell_type == "code" and not does_cell_eval(c, True)}
+
+
+def execute(path: Path):
+    "Run `path` in a fresh kernel and return the executed notebook."
+    nb = nbformat.read(path, as_version=4)
+    skip = skipped_cells(nb)
+    sources = {i: nb.cells[i].source for i in skip}
+    for i in skip:
+        nb.cells[i].source = ""
+    client = NotebookClient(
+        nb,
+        timeout=settings().getint("cell_timeout"),
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        store_widget_state=True,
+    )
+    client.execute()
+    for i, source in sources.items():
+        nb.cells[i].source = source
+    return nb
+
+
+def tidy(nb):
+    "Drop what differs between two identical runs, and widget views that need a kernel."
+    count = 0
+    for cell in nb.cells:
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")}
+        if cell.cell_type != "code":
+            continue
+        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        if cell.execution_count:
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if "execution_count" in output:
+                    output["execution_count"] = count
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    nb.metadata = {"kernelspec": kernel}
+    return nb
+
+
+def run(paths: list[Path]) -> dict[str, float]:
+    "Execute and store each lesson; returns the seconds each took."
+    seconds = {}
+    for path in paths:
+        start = time.perf_counter()
+        nb = tidy(execute(path))
+        seconds[path.relative_to(ROOT).as_posix()] = round(time.perf_counter() - start, 1)
+        nbformat.write(nb, path)
+        print(f"{list(seconds)[-1]}: {list(seconds.values())[-1]} s", flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("action", choices=["run", "time"])
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every lesson")
+    args = parser.parse_args()
+    paths = [p.resolve() for p in args.notebooks] or lessons()
+    seconds = run(paths)
+    if args.action == "time":
+        sys.path.insert(0, str(ROOT / "bench"))
+        from common import record
+
+        rows = [{"lesson": name, "seconds": s} for name, s in seconds.items()]
+        threads = os.environ.get("OMP_NUM_THREADS", "default")
+        record("lessons", rows, threads=threads)
+
+
+if __name__ == "__main__":
+    main()
