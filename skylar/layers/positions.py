@@ -89,8 +89,8 @@ class SinusoidalPositions(nn.Module):
 
     def reset_parameters(self):
         "Compute the table (again after `to_empty`, when the model was made on `meta`)."
-        c, device = self.config, self.table.device
-        positions = torch.arange(c.max_len, device=device)
+        c = self.config
+        positions = torch.arange(c.max_len, device="cpu")  # float64 is missing on MPS
         self.table.copy_(c.scale * sinusoids(positions, self.d_model, c.base))
 
     def forward(
