@@ -137,10 +137,10 @@ class Decoder(nn.Module):
             )
         others = {"position_ids": position_ids, "document_ids": document_ids}
         for name, ids in others.items():
-            if ids is not None and ids.shape[-1] != input_ids.shape[1]:
+            if ids is not None and ids.shape != input_ids.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(ids.shape)}, input_ids "
-                    f"{tuple(input_ids.shape)}; they must be as long as each other"
+                    f"{tuple(input_ids.shape)}; give one for each token"
                 )
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c007

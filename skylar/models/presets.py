@@ -65,11 +65,13 @@ def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
     "`args` with every key known to the family and every value of its type."
     hints = get_type_hints(FAMILIES[family])
     hints.pop("return")
-    keys = {key: _find(key, hints, f"{family} argument") for key in args}
-    return {
-        keys[key]: _typed(keys[key], value, hints[keys[key]])
-        for key, value in args.items()
-    }
+    checked = {}
+    for given, value in args.items():
+        key = _find(given, hints, f"{family} argument")
+        if key in checked:
+            raise ValueError(f"{key} is given twice, as {given!r} too; give it once")
+        checked[key] = _typed(key, value, hints[key])
+    return checked
 
 # %% ../../nbs/00_transformer/11_presets.ipynb #c005
 def resolve(
@@ -94,10 +96,11 @@ def from_args(
     resolved: dict[str, Any],  # what `resolve` returned, perhaps by way of a JSON file
 ) -> DecoderConfig:
     "The config that `resolve` described. Raises `ValueError` for an unknown or wrong part."
-    if not isinstance(resolved, dict) or resolved.keys() != {"family", "args"}:
+    args = resolved.get("args") if isinstance(resolved, dict) else None
+    if not isinstance(args, dict) or "family" not in resolved:
         raise ValueError(f"{resolved!r} does not describe a model; give family and args")
     family = _find(resolved["family"], FAMILIES, "family")
-    return FAMILIES[family](**_checked(family, resolved["args"]))
+    return FAMILIES[family](**_checked(family, args))
 
 
 def get_config(
