@@ -1,0 +1,522 @@
+"""What every lesson keeps to, and that each of these rules can fail.
+
+A rule takes a lesson and yields complaints. `test_rule` holds every lesson to every rule;
+`test_rule_can_fail` breaks a good little course in one place and expects the rule to say so.
+"""
+
+import ast
+import configparser
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import nbformat
+import pytest
+from fastcore.nbio import dict2nb, does_cell_eval
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).parents[1]
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MAX_CELL_LINES = 60
+MACHINE_PATH = re.compile(r"(?<![A-Za-z0-9_.:/-])/(?:tmp|work|root|farm|Users)/\S*")
+RUNS_IN = re.compile(r"\*\*Runs in\*\*\s*\|[^|\n]*?about (\d+) s\b")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The `[lessons]` section of settings.ini."""
+
+    lesson_seconds: int
+    chapter_seconds: int
+    notebook_kb: int
+    code_columns: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Limits":
+        ini = configparser.ConfigParser()
+        ini.read(path)
+        return cls(**{name: ini.getint("lessons", name) for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One notebook; `course` is the tree it belongs to."""
+
+    path: Path
+    course: "Course"
+
+    @cached_property
+    def name(self) -> str:
+        return self.path.relative_to(self.course.root).as_posix()
+
+    @cached_property
+    def nb(self) -> NotebookNode:
+        return nbformat.read(self.path, as_version=4)
+
+    @cached_property
+    def code(self) -> list[NotebookNode]:
+        return [c for c in self.nb.cells if c.cell_type == "code" and c.source.strip()]
+
+    @cached_property
+    def evaluated(self) -> list[NotebookNode]:
+        """Code cells that run: not `#| eval: false`, and holding something to run."""
+        parsed = dict2nb(nbformat.from_dict(self.nb)).cells
+        pairs = zip(self.nb.cells, parsed)
+        code = ((c, p) for c, p in pairs if c.cell_type == "code" and c.source.strip())
+        return [c for c, p in code if does_cell_eval(p, True)]
+
+    @cached_property
+    def first(self) -> str:
+        cell = self.nb.cells[0] if self.nb.cells else None
+        return cell.source if cell is not None and cell.cell_type == "markdown" else ""
+
+    @cached_property
+    def module(self) -> str | None:
+        """`layers.attention` for `#| default_exp layers.attention`."""
+        found = [re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M) for c in self.code]
+        return next((m[1] for m in found if m), None)
+
+    @property
+    def numbered(self) -> bool:
+        """A lesson of a chapter, in contrast to the map, the plots and the command line."""
+        return bool(re.match(r"\d\d_", self.path.name))
+
+    @cached_property
+    def imports(self) -> list[tuple[str, str]]:
+        """[(module, name)] of everything imported anywhere in the lesson."""
+        return [pair for cell in self.code for pair in imported(cell.source)]
+
+
+@dataclass(frozen=True)
+class Course:
+    """The notebooks of a tree in reading order, and what was measured about them."""
+
+    root: Path
+
+    @cached_property
+    def limits(self) -> Limits:
+        return Limits.read(self.root / "settings.ini")
+
+    @cached_property
+    def notebooks(self) -> list[Lesson]:
+        nbs = self.root / "nbs"
+        paths = sorted(nbs.rglob("*.ipynb"), key=lambda p: p.relative_to(nbs).as_posix())
+        return [Lesson(p, self) for p in paths if ".ipynb_checkpoints" not in p.parts]
+
+    @cached_property
+    def lessons(self) -> list[Lesson]:
+        return [lesson for lesson in self.notebooks if lesson.numbered]
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Measured seconds for each notebook; empty before the first measurement."""
+        path = self.root / "bench" / "results" / "lessons.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {row["lesson"]: row["seconds"] for row in rows}
+
+
+def imported(source: str) -> Iterator[tuple[str, str]]:
+    """(module, name) pairs of the imports in a cell; IPython's magics are not Python."""
+    python = re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source)
+    for node in ast.walk(ast.parse(python)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (
+                ("." * node.level + (node.module or ""), alias.name) for alias in node.names
+            )
+
+
+def where(lesson: Lesson, cell: NotebookNode) -> str:
+    return f"{lesson.name} cell {lesson.nb.cells.index(cell)}"
+
+
+# --- rules about the course as a whole ---
+
+
+def names_are_unique(course: Course) -> Iterator[str]:
+    """nbdev sorts and reports by bare file name; a topic is said once in the whole course."""
+    topics = Counter(re.sub(r"^\d\d_", "", lesson.path.stem) for lesson in course.notebooks)
+    yield from (f"two notebooks are called {topic}" for topic, n in topics.items() if n > 1)
+
+
+def modules_are_unique(course: Course) -> Iterator[str]:
+    """Of two notebooks with one `default_exp` the later silently overwrites the earlier."""
+    modules = Counter(lesson.module for lesson in course.notebooks if lesson.module)
+    yield from (f"two notebooks export {module}" for module, n in modules.items() if n > 1)
+
+
+def modules_shadow_nothing(course: Course) -> Iterator[str]:
+    """`moe` beside `moe.router`: a module with a package's name hides the package."""
+    modules = {lesson.module for lesson in course.notebooks if lesson.module}
+    pairs = ((m, o) for m in modules for o in modules if o.startswith(m + "."))
+    yield from (f"{module} has the name of the package of {other}" for module, other in pairs)
+
+
+def modules_are_fresh(course: Course) -> Iterator[str]:
+    """A deleted or renamed notebook leaves its module behind; one never exported has none."""
+    package = course.root / "skylar"
+    want = {lesson.module.replace(".", "/") + ".py" for lesson in course.notebooks if lesson.module}
+    by_hand = {"__init__.py", "__main__.py", "_modidx.py"}
+    have = {
+        p.relative_to(package).as_posix() for p in package.rglob("*.py") if p.name not in by_hand
+    }
+    yield from (f"skylar/{name} belongs to no lesson" for name in sorted(have - want))
+    yield from (f"skylar/{name} is not exported" for name in sorted(want - have))
+
+
+def chapter_fits_its_budget(course: Course) -> Iterator[str]:
+    """All lessons of a chapter together stay within the seconds of settings.ini."""
+    chapters: Counter[str] = Counter()
+    for lesson in course.lessons:
+        chapters[lesson.path.parent.name] += course.seconds.get(lesson.name, 0)
+    limit = course.limits.chapter_seconds
+    yield from (
+        f"{name} takes {s:.0f} s, more than {limit} s" for name, s in chapters.items() if s > limit
+    )
+
+
+# --- rules about each notebook ---
+
+
+def module_names_lesson(lesson: Lesson) -> Iterator[str]:
+    """The first comment of the module leads to the lesson where it is edited."""
+    if not lesson.module:
+        return
+    path = lesson.course.root / "skylar" / (lesson.module.replace(".", "/") + ".py")
+    lines = path.read_text().splitlines() if path.exists() else []
+    comment = next((line for line in lines if line.startswith("#")), "")
+    if lesson.name not in comment:
+        yield f"{lesson.name}: the first comment of its module does not name it: {comment!r}"
+
+
+def first_cell_names_module(lesson: Lesson) -> Iterator[str]:
+    module = lesson.module and f"skylar/{lesson.module.replace('.', '/')}.py"
+    if module and module not in lesson.first:
+        yield f"{lesson.name}: its first cell does not name {module}"
+
+
+def is_introduced(lesson: Lesson) -> Iterator[str]:
+    """A title, a one-line subtitle (the module's docstring), and for lessons the box."""
+    if not re.match(r"# \S.*\n+> \S", lesson.first):
+        yield f"{lesson.name}: the first cell does not open with '# Title' and '> subtitle'"
+    box = ("You will build", "You need", "Runs in", "Exports") if lesson.numbered else ()
+    missing = [row for row in box if f"**{row}**" not in lesson.first]
+    if missing:
+        yield f"{lesson.name}: the first cell lacks {', '.join(missing)}"
+
+
+def states_its_time(lesson: Lesson) -> Iterator[str]:
+    """The stated seconds are at least the measured ones, and within the budget."""
+    if not lesson.numbered:
+        return
+    stated = RUNS_IN.search(lesson.first)
+    if not stated:
+        yield f"{lesson.name}: the first cell has no '**Runs in** | about N s'"
+        return
+    limit, measured = lesson.course.limits.lesson_seconds, lesson.course.seconds.get(lesson.name, 0)
+    if int(stated[1]) > limit:
+        yield f"{lesson.name}: states {stated[1]} s, the limit is {limit} s"
+    if int(stated[1]) < measured:
+        yield f"{lesson.name}: states {stated[1]} s and took {measured} s"
+
+
+def ran_in_order(lesson: Lesson) -> Iterator[str]:
+    """Stored as a clean kernel left it: cell after cell, from the first to the last."""
+    for n, cell in enumerate(lesson.evaluated, start=1):
+        if cell.execution_count != n:
+            yield f"{where(lesson, cell)}: execution count is {cell.execution_count}, not {n}"
+            return
+
+
+def has_no_errors(lesson: Lesson) -> Iterator[str]:
+    for cell in lesson.code:
+        for output in cell.outputs:
+            if output.output_type == "error":
+                yield f"{where(lesson, cell)}: stored {output.ename}: {output.evalue}"
+            if output.get("name") == "stderr":
+                yield f"{where(lesson, cell)}: stored a warning: {output.text[:80]!r}"
+
+
+def stores_no_widgets(lesson: Lesson) -> Iterator[str]:
+    """Without its kernel a stored widget is an error message."""
+    if "widgets" in lesson.nb.metadata:
+        yield f"{lesson.name}: stores widget state"
+    for cell in lesson.code:
+        if any(WIDGET in output.get("data", {}) for output in cell.outputs):
+            yield f"{where(lesson, cell)}: stores a widget"
+
+
+def cells_are_short(lesson: Lesson) -> Iterator[str]:
+    for cell in lesson.code:
+        if (n := len(cell.source.splitlines())) > MAX_CELL_LINES:
+            yield f"{where(lesson, cell)}: {n} lines"
+
+
+def code_fits_the_page(lesson: Lesson) -> Iterator[str]:
+    for cell in lesson.code:
+        longest = max(map(len, cell.source.splitlines()))
+        if longest > lesson.course.limits.code_columns:
+            yield f"{where(lesson, cell)}: a line of {longest} columns"
+
+
+def is_small(lesson: Lesson) -> Iterator[str]:
+    kb = lesson.path.stat().st_size / 1000
+    if kb > lesson.course.limits.notebook_kb:
+        yield f"{lesson.name}: {kb:.0f} kB"
+
+
+def written(cell: NotebookNode) -> Iterator[str]:
+    """The texts among a cell's outputs, pictures left out."""
+    for output in cell.get("outputs", []):
+        yield str(output.get("text", ""))
+        data = output.get("data", {})
+        yield from (str(value) for kind, value in data.items() if not kind.startswith("image/"))
+
+
+def names_no_machine(lesson: Lesson) -> Iterator[str]:
+    """No path of the machine on which it ran, in text, code or stored outputs."""
+    for cell in lesson.nb.cells:
+        if found := MACHINE_PATH.search("\n".join([cell.source, *written(cell)])):
+            yield f"{where(lesson, cell)}: {found[0]}"
+
+
+def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
+    """A reader who goes from lesson to lesson never meets a part that is not yet built."""
+    if not lesson.numbered:
+        return
+    course = lesson.course
+    before = course.lessons[: course.lessons.index(lesson)]
+    known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz", "skylar"}
+    for module, name in lesson.imports:
+        if not re.match(r"skylar\b|\.", module):
+            continue
+        if module not in known and f"{module}.{name}" not in known:
+            yield f"{lesson.name}: imports {module}, which no earlier lesson exports"
+
+
+def has_no_star_imports(lesson: Lesson) -> Iterator[str]:
+    yield from (
+        f"{lesson.name}: from {module} import *" for module, name in lesson.imports if name == "*"
+    )
+
+
+def is_hidden(cell: NotebookNode) -> bool:
+    return bool(cell.metadata.get("jupyter", {}).get("source_hidden"))
+
+
+def has_exercises(lesson: Lesson) -> Iterator[str]:
+    """At least two exercises, each with a hidden solution that runs the reader's own check."""
+    if not lesson.numbered:
+        return
+    checks = {m for c in lesson.code for m in re.findall(r"^def (check_\w+)\(", c.source, re.M)}
+    solved = {
+        m
+        for c in lesson.code
+        if is_hidden(c)
+        for m in re.findall(r"^(check_\w+)\(", c.source, re.M)
+    }
+    offered = {m for c in lesson.code for m in re.findall(r"^# ?(check_\w+)\(", c.source, re.M)}
+    complete = checks & solved & offered
+    if len(complete) < 2:
+        yield (
+            f"{lesson.name}: {len(complete)} exercises (of at least 2) have a `def check_x`, a"
+            " skeleton that offers `# check_x(...)`, and a hidden solution that calls check_x"
+        )
+
+
+COURSE_RULES: list[Callable] = [
+    names_are_unique,
+    modules_are_unique,
+    modules_shadow_nothing,
+    modules_are_fresh,
+    chapter_fits_its_budget,
+]
+LESSON_RULES: list[Callable] = [
+    module_names_lesson,
+    first_cell_names_module,
+    is_introduced,
+    states_its_time,
+    ran_in_order,
+    has_no_errors,
+    stores_no_widgets,
+    cells_are_short,
+    code_fits_the_page,
+    is_small,
+    names_no_machine,
+    imports_only_earlier_lessons,
+    has_no_star_imports,
+    has_exercises,
+]
+
+
+def complaints(course: Course, rule: Callable) -> list[str]:
+    if rule in COURSE_RULES:
+        return list(rule(course))
+    return [text for lesson in course.notebooks for text in rule(lesson)]
+
+
+@pytest.fixture(scope="module")
+def course() -> Course:
+    return Course(ROOT)
+
+
+@pytest.mark.parametrize("rule", COURSE_RULES + LESSON_RULES, ids=lambda rule: rule.__name__)
+def test_rule(course, rule):
+    assert course.lessons, "no lesson found"
+    found = complaints(course, rule)
+    assert not found, "\n".join(found)
+
+
+# --- each rule is able to fail ---
+
+SETTINGS = (
+    "[lessons]\nlesson_seconds = 60\nchapter_seconds = 100\nnotebook_kb = 20\ncode_columns = 88\n"
+)
+FIRST = """# {title}
+
+> One line
+
+| | |
+|---|---|
+| **You will build** | it |
+| **You need** | nothing |
+| **Runs in** | about 20 s on two CPU cores |
+| **Exports** | `skylar/{path}.py` |"""
+EXERCISE = """%% def check_{n}(f):
+    assert f() == {n}
+%% def mine(): ...
+# check_{n}(mine)
+%% # hidden
+check_{n}(lambda: {n})"""
+
+
+def small_lesson(title: str, module: str, *extra: str) -> NotebookNode:
+    """A notebook that keeps every rule; `extra` are more code cells."""
+    sources = [f"#| default_exp {module}", "#| export\nx = 1", *extra]
+    for n in (1, 2):
+        sources += [s.strip() for s in EXERCISE.format(n=n).split("%%") if s.strip()]
+    cells = [new_markdown_cell(FIRST.format(title=title, path=module.replace(".", "/")))]
+    for count, source in enumerate(sources, start=1):
+        cells.append(new_code_cell(source, execution_count=count))
+        if source.startswith("# hidden"):
+            cells[-1].metadata["jupyter"] = {"source_hidden": True}
+    return new_notebook(cells=cells)
+
+
+class Sandbox:
+    """A good course of two lessons in a folder of its own, to be broken in one place."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.write("settings.ini", SETTINGS)
+        self.one, self.two = "nbs/00_a/00_one.ipynb", "nbs/00_a/01_two.ipynb"
+        self.save(self.one, small_lesson("One", "layers.one"))
+        self.save(self.two, small_lesson("Two", "layers.two", "from skylar.layers.one import x"))
+        self.module("layers.one", self.one)
+        self.module("layers.two", self.two)
+        self.measure({self.one: 10.0, self.two: 19.5})
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / name).write_text(text)
+
+    def save(self, name: str, nb: NotebookNode) -> None:
+        self.write(name, nbformat.writes(nb))
+
+    def module(self, module: str, lesson: str) -> None:
+        head = f"# AUTOGENERATED! DO NOT EDIT! File to edit: ../../{lesson}.\n"
+        self.write(f"skylar/{module.replace('.', '/')}.py", head)
+
+    def measure(self, seconds: dict[str, float]) -> None:
+        rows = [{"lesson": name, "seconds": s} for name, s in seconds.items()]
+        self.write("bench/results/lessons.json", json.dumps({"rows": rows}))
+
+    def edit(self, change: Callable[[NotebookNode], None], name: str | None = None) -> None:
+        name = name or self.two
+        nb = nbformat.read(self.root / name, as_version=4)
+        change(nb)
+        self.save(name, nb)
+
+    def replace(self, cell: int, old: str, new: str) -> None:
+        def change(nb):
+            assert old in nb.cells[cell].source, "the fixture has changed: this would break nothing"
+            nb.cells[cell].source = nb.cells[cell].source.replace(old, new)
+
+        self.edit(change)
+
+    def output(self, cell: int, *args, **kwargs) -> None:
+        self.edit(lambda nb: nb.cells[cell].outputs.append(new_output(*args, **kwargs)))
+
+
+@pytest.fixture
+def sandbox(tmp_path) -> Sandbox:
+    return Sandbox(tmp_path)
+
+
+def drop_solution(nb: NotebookNode) -> None:
+    nb.cells[-1].metadata = {}
+
+
+BREAK: list[tuple[Callable, Callable[[Sandbox], None]]] = [
+    (names_are_unique, lambda s: s.save("nbs/01_b/07_two.ipynb", new_notebook())),
+    (modules_are_unique, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers.two"))),
+    (modules_shadow_nothing, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers"))),
+    (modules_are_fresh, lambda s: s.module("layers.gone", s.two)),
+    (modules_are_fresh, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers.x"))),
+    (chapter_fits_its_budget, lambda s: s.measure({s.one: 60.0, s.two: 50.0})),
+    (module_names_lesson, lambda s: s.module("layers.two", s.one)),
+    (first_cell_names_module, lambda s: s.replace(0, "skylar/layers/two.py", "nothing")),
+    (is_introduced, lambda s: s.replace(0, "> One line", "One line")),
+    (is_introduced, lambda s: s.replace(0, "**You need**", "**Needs**")),
+    (states_its_time, lambda s: s.replace(0, "about 20 s", "a while")),
+    (states_its_time, lambda s: s.replace(0, "about 20 s", "about 61 s")),
+    (states_its_time, lambda s: s.measure({s.two: 20.5})),
+    (ran_in_order, lambda s: s.edit(lambda nb: nb.cells[2].update(execution_count=3))),
+    (ran_in_order, lambda s: s.edit(lambda nb: nb.cells[-1].update(execution_count=None))),
+    (has_no_errors, lambda s: s.output(2, "error", ename="ValueError", evalue="no", traceback=[])),
+    (has_no_errors, lambda s: s.output(2, "stream", name="stderr", text="UserWarning: slow")),
+    (stores_no_widgets, lambda s: s.output(2, "display_data", data={WIDGET: {"model_id": "1"}})),
+    (stores_no_widgets, lambda s: s.edit(lambda nb: nb.metadata.update(widgets={}))),
+    (cells_are_short, lambda s: s.replace(2, "x = 1", "x = 1\n" * 60)),
+    (code_fits_the_page, lambda s: s.replace(2, "x = 1", f"x = '{'a' * 84}'")),
+    (is_small, lambda s: s.output(2, "stream", text="a" * 20_000)),
+    (names_no_machine, lambda s: s.output(2, "stream", text="saved in /tmp/abc/model.pt")),
+    (
+        names_no_machine,
+        lambda s: s.output(2, "display_data", data={"text/html": "<a href='/root/x'>x</a>"}),
+    ),
+    (names_no_machine, lambda s: s.replace(2, "x = 1", "x = open('/work/x')")),
+    (
+        imports_only_earlier_lessons,
+        lambda s: s.replace(3, "skylar.layers.one", "skylar.layers.two"),
+    ),
+    (imports_only_earlier_lessons, lambda s: s.replace(3, "from skylar.layers.one", "from .one")),
+    (
+        imports_only_earlier_lessons,
+        lambda s: s.replace(3, "skylar.layers.one import x", "skylar.models import y"),
+    ),
+    (has_no_star_imports, lambda s: s.replace(3, "import x", "import *")),
+    (has_exercises, lambda s: s.edit(drop_solution)),
+    (has_exercises, lambda s: s.replace(-1, "check_2(lambda", "print(lambda")),
+]
+
+
+def test_good_course_keeps_every_rule(sandbox):
+    course = Course(sandbox.root)
+    assert not [text for rule in COURSE_RULES + LESSON_RULES for text in complaints(course, rule)]
+
+
+@pytest.mark.parametrize(("rule", "damage"), BREAK, ids=[rule.__name__ for rule, _ in BREAK])
+def test_rule_can_fail(sandbox, rule, damage):
+    damage(sandbox)
+    assert complaints(Course(sandbox.root), rule)
+
+
+def test_every_rule_is_shown_to_fail():
+    assert {rule for rule, _ in BREAK} == set(COURSE_RULES + LESSON_RULES)
