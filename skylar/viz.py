@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 # %% ../nbs/viz.ipynb #c004
 # Okabe & Ito (2008), "Color Universal Design"; black and yellow left out
@@ -105,10 +106,10 @@ def lines(
             low, high = np.subtract(ys, spread[0]), np.add(ys, spread[0])
             ax.fill_between(xs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if logx:
-        ax.set_xscale("log")
-    if logy:
-        ax.set_yscale("log")
+    for on, axis, scale in ((logx, ax.xaxis, ax.set_xscale), (logy, ax.yaxis, ax.set_yscale)):
+        if on:
+            scale("log")
+            axis.set_minor_formatter(NullFormatter())  # minor labels run into each other
     if any(curves):  # an empty label means: no legend
         ax.legend()
     return ax

@@ -1,0 +1,87 @@
+"""Every lesson is a pytest item: `pytest` runs unit tests and notebooks, one PASSED a lesson.
+
+A lesson's kernel gets the thread count of settings.ini, no display and no model hub.
+"""
+
+import configparser
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent
+INI = configparser.ConfigParser()
+INI.read(ROOT / "settings.ini")
+THREADS = INI["lessons"]["threads"]
+
+# set before any test imports torch: two workers with two threads each are many times slower
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, THREADS)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("notebooks")
+    group.addoption("--nb-flags", default="", help='also run cells marked so, e.g. "slow gpu"')
+
+
+def pytest_collect_file(file_path, parent):
+    relative = file_path.relative_to(parent.config.rootpath).parts
+    if file_path.suffix == ".ipynb" and not any(part[0] in "._" for part in relative):
+        return NotebookFile.from_parent(parent, path=file_path)
+
+
+class NotebookFile(pytest.File):
+    def collect(self):
+        yield NotebookItem.from_parent(self, name=self.path.stem)
+
+
+class NotebookError(Exception):
+    "A cell failed; the message is the cell and its traceback."
+
+
+class NotebookItem(pytest.Item):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.add_marker("notebook")
+
+    def runtest(self):
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+        nb = nbformat.read(self.path, as_version=4)
+        blank_skipped_cells(nb, set(self.config.getoption("--nb-flags").split()))
+        client = NotebookClient(
+            nb,
+            timeout=INI["lessons"].getint("cell_timeout"),
+            kernel_name="python3",
+            resources={"metadata": {"path": str(self.path.parent)}},
+            store_widget_state=True,
+        )
+        try:
+            client.execute()
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+            raise NotebookError(re.sub(r"\x1b\[[0-9;]*m", "", str(error))) from None
+
+    def repr_failure(self, excinfo, style=None):
+        if isinstance(excinfo.value, NotebookError):
+            return f"{self.path.relative_to(self.config.rootpath)}\n{excinfo.value}"
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, 0, str(self.path.relative_to(self.config.rootpath))
+
+
+def blank_skipped_cells(nb, wanted_flags: set[str]) -> None:
+    "Empty the cells that nbdev would not run: `#| eval: false` and flags not asked for."
+    from fastcore.nbio import dict2nb, does_cell_eval
+
+    skipped_flags = set(INI["DEFAULT"]["tst_flags"].split()) - wanted_flags
+    for cell, parsed in zip(nb.cells, dict2nb(nb).cells):
+        if cell.cell_type != "code":
+            continue
+        if not does_cell_eval(parsed, True) or skipped_flags & parsed.directives.keys():
+            cell.source = ""
