@@ -68,7 +68,8 @@ def _write_cells(ax: Axes, matrix: np.ndarray, image, fmt: str) -> None:
             red, green, blue, _ = image.cmap(image.norm(value))
             dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
             colour = "white" if dark else "black"
-            ax.text(j, i, format(value, fmt), ha="center", va="center", color=colour, fontsize=8)
+            style = {"ha": "center", "va": "center", "color": colour, "fontsize": 8}
+            ax.text(j, i, format(value, fmt), **style)
 
 
 def heatmaps(
@@ -80,7 +81,8 @@ def heatmaps(
     cmap: str = "Blues",
 ) -> Figure:
     "Several matrices side by side, for before and after."
-    fig, axes = plt.subplots(1, len(matrices), figsize=(size * len(matrices), size), squeeze=False)
+    figsize = (size * len(matrices), size)
+    fig, axes = plt.subplots(1, len(matrices), figsize=figsize, squeeze=False)
     for ax, (title, matrix) in zip(axes[0], matrices.items()):
         heatmap(matrix, rows, cols, title, fmt, ax, cmap)
     for ax in axes[0][1:]:
@@ -196,7 +198,7 @@ class LivePlot:
 
 # %% ../nbs/viz.ipynb #c024
 def slider(draw: Callable, **controls):
-    "Redraw `draw(**values)` when a control is released; `controls` as in `ipywidgets.interactive`."
+    "Redraw `draw(**values)` when a control is released (controls as in `ipywidgets`)."
     import ipywidgets  # only notebooks have it
 
     def show(**values):
