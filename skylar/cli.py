@@ -4,13 +4,10 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'GROUPS', 'DEFAULTS', 'DEMO', 'COMMANDS', 'UsageError', 'one_line', 'is_users', 'comments', 'add_flags',
-           'Parser', 'say', 'data_fetch', 'split', 'data_tokenize', 'open_documents', 'check_recipe',
-           'corpus_tokenizer', 'data_verify', 'data_parts', 'tokenizer_train', 'presets', 'show', 'in_words',
-           'add_training_flags', 'built', 'Run', 'prepare', 'check_device', 'check_context', 'check_vocabulary',
-           'check_out', 'check_same', 'stored', 'open_data', 'bytes_per_token', 'pretrain', 'given', 'fit', 'write_run',
-           'tokens_per_step', 'steps_in_time', 'describe', 'report', 'show_facts', 'load_run', 'generate', 'evaluate',
-           'demo', 'is_finished', 'draw_loss', 'command_parser', 'flat', 'overview', 'find_command', 'run_command',
-           'main']
+           'Parser', 'say', 'data_fetch', 'data_tokenize', 'data_verify', 'tokenizer_train', 'presets', 'preset_row',
+           'show', 'in_words', 'add_training_flags', 'pretrain', 'given', 'describe', 'report', 'show_facts',
+           'generate', 'eval_run', 'demo', 'draw_loss', 'command_parser', 'flat', 'overview', 'find_command',
+           'run_command', 'main']
 
 # %% ../nbs/cli.ipynb #c002
 import argparse
@@ -20,15 +17,13 @@ import inspect
 import json
 import os
 import re
-import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -95,14 +90,14 @@ def add_flags(
     "One flag for each parameter: type and default from the signature, help from its comment."
     helps = comments(target)
     for p in inspect.signature(target, eval_str=True).parameters.values():
-        if p.name in skip:
+        if p.name in skip or p.kind is p.VAR_KEYWORD:
             continue
         kind, default = p.annotation, None if optional else p.default
         if optional:
             kind = kind | None
         options = {"type": kind, "default": default, "help": helps.get(p.name)}
-        if p.kind is p.POSITIONAL_ONLY:
-            parser.add_argument(p.name, **options)
+        if p.kind is p.POSITIONAL_ONLY and not prefix:
+            parser.add_argument(p.name, type=kind, help=options["help"])
         elif kind is bool and not prefix:  # a switch
             yes = jsonargparse.ActionYesNo(no_prefix=None)
             parser.add_argument(f"--{p.name}", action=yes, default=False, help=options["help"])
@@ -144,11 +139,11 @@ def say(*parts: Any) -> None:
 
 
 def data_fetch(
-    source: str = "shakespeare",  # a named corpus: shakespeare, tinystories, fineweb-edu
+    source: str,  # a named corpus: shakespeare, tinystories, fineweb-edu
     /,
-) -> int:
-    """Download a named corpus into the cache and check its SHA-256. A corpus that is
-    already there is only checked, without a connection.
+) -> None:
+    """Download a named corpus and check its SHA-256. It is kept in the cache; there
+    already, it is only checked, without a connection.
 
     Example:
       skylar data fetch shakespeare
@@ -158,113 +153,38 @@ def data_fetch(
     path = fetch(source)
     say(f"{source}: {SOURCES[source].description}")
     say(f"{path} ({path.stat().st_size / 1e6:.1f} MB, verified)")
-    return 0
 
 # %% ../nbs/cli.ipynb #c011
-def split(documents, val_fraction: float, part: str):
-    """The documents of `part`, "train" or "val".
-
-    Every n-th document is for validation, n = 1 / val_fraction. With fewer than n documents
-    in all, the end of each one is.
-    """
-    n, documents = round(1 / val_fraction), iter(documents)
-    head = list(islice(documents, n))
-    if len(head) == n:
-        for i, text in enumerate(chain(head, documents)):
-            if (i % n == n - 1) == (part == "val"):
-                yield text
-    else:
-        for text in head:
-            cut = len(text) - int(len(text) * val_fraction)
-            yield text[:cut] if part == "train" else text[cut:]
-
-
 def data_tokenize(
-    source: str,  # a named corpus, or your own file, folder or URL (.txt .md .jsonl .parquet)
+    source: str,  # a named corpus, or your file, folder or URL of .txt .md .jsonl .parquet
     /,
-    *,
-    out: str,  # folder to make: tokenizer/, train/ and val/
-    tokenizer: str | None = None,  # folder of a trained tokenizer; left out: train one
-    vocab_size: int = 40_960,  # tokens in the vocabulary, if one is trained
-    val_fraction: float = 0.05,  # share of the documents kept for validation, 0 to 0.5
-    shard_mb: int = 1024,  # largest shard file, in MiB
-    workers: int | None = None,  # processes that tokenise; left out: one per core
-) -> int:
-    """Turn a corpus into token shards for training. Trains a tokenizer on it (unless one is
-    given), then writes its documents as integers, most for training, some for validation.
+    **settings,  # of `skylar.training.run.prepare_data`
+) -> None:
+    """Turn a corpus into token shards to train on. Trains a tokenizer on it (unless one is
+    given) and writes the documents as integers, most for training, some for validation.
     Stopped half-way, the same command goes on; finished, it does nothing.
 
     Examples:
-      skylar data tokenize shakespeare --out data/shakespeare --vocab_size 4096
-      skylar data tokenize my_texts/ --out data/mine --tokenizer data/shakespeare/tokenizer
+      skylar data tokenize shakespeare --out data/plays --vocab_size 4096
+      skylar data tokenize my_texts/ --out data/mine --tokenizer data/plays/tokenizer
     """
-    from skylar.data.shards import write_shards
+    from skylar.training.run import prepare_data
 
-    if not 0 < val_fraction <= 0.5:
-        raise ValueError(f"val_fraction={val_fraction}: must be above 0 and at most 0.5")
-    if shard_mb < 1:
-        raise ValueError(f"shard_mb={shard_mb}: must be at least 1")
-    out = Path(out)
-    recipe = {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size,
-              "val_fraction": val_fraction}
-    check_recipe(out, recipe)
-    bpe = corpus_tokenizer(source, out, tokenizer, vocab_size, recipe)
-    for part in ("train", "val"):
-        texts = split(open_documents(source), val_fraction, part)
-        manifest = write_shards(
-            texts, bpe, out / part, shard_bytes=shard_mb << 20, workers=workers)
-        say(f"{out / part}: {manifest['n_tokens']:,} tokens")
-    return 0
-
-# %% ../nbs/cli.ipynb #c012
-def open_documents(source: str):
-    "The documents of a corpus, whatever it is."
-    from skylar.data.sources import documents
-
-    return documents(source)
-
-
-def check_recipe(out: Path, recipe: dict) -> None:
-    "Refuse a folder that holds something else; what was made by the same command may stay."
-    note = out / "corpus.json"
-    if not note.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is not empty; choose another --out")
-        return
-    made = json.loads(note.read_text())
-    for key, value in recipe.items():
-        if made.get(key) != value:
-            raise ValueError(f"{out} was made with {key} {made.get(key)}, not {value}; "
-                             "choose another --out, or delete that folder")
-
-
-def corpus_tokenizer(source, out: Path, given: str | None, vocab_size: int, recipe: dict):
-    "The tokenizer in `out`: already there, copied, or trained now."
-    from skylar.data.tokenizer import BPETokenizer
-
-    if (out / "corpus.json").exists():
-        return BPETokenizer.load(out / "tokenizer")
-    if given:
-        bpe = BPETokenizer.load(given)
-    else:
-        say(f"training a tokenizer of {vocab_size:,} tokens on {source}")
-        bpe = BPETokenizer.train(open_documents(source), vocab_size=vocab_size)
-    bpe.save(out / "tokenizer")
-    (out / "corpus.json").write_text(json.dumps(recipe, indent=1) + "\n")
-    return bpe
+    prepare_data(source, **settings)
 
 
 def data_verify(
     data: str,  # folder made by `skylar data tokenize`
     /,
 ) -> int:
-    """Check every byte of a data folder against its manifests. Exit code 1 and the name of
-    the first damaged shard if anything changed.
+    """Check every byte of a data folder against its manifests. If anything changed: exit
+    code 1, the damaged shard and where in it.
 
     Example:
       skylar data verify data/shakespeare
     """
     from skylar.data.shards import verify_shards
+    from skylar.training.run import data_parts
 
     for part in data_parts(data):
         try:
@@ -275,72 +195,67 @@ def data_verify(
         say(f"{part}: {manifest['n_tokens']:,} tokens, every byte as it was written")
     return 0
 
-
-def data_parts(data: str) -> list[Path]:
-    "The train and val folders inside `data`."
-    parts = [Path(data) / part for part in ("train", "val")]
-    for part in parts:
-        if not part.is_dir():
-            raise FileNotFoundError(f"no {part} folder; make it with `skylar data tokenize`")
-    return parts
-
-# %% ../nbs/cli.ipynb #c014
+# %% ../nbs/cli.ipynb #c013
 def tokenizer_train(
     source: str,  # a named corpus, or your own file, folder or URL
     /,
     *,
     out: str,  # folder to make, which AutoTokenizer opens too
     vocab_size: int = 40_960,  # tokens in the vocabulary
-) -> int:
+) -> None:
     """Learn a byte-level BPE vocabulary from a corpus.
 
     Example:
       skylar tokenizer train shakespeare --out tokenizers/shakespeare --vocab_size 4096
     """
+    from skylar.data.sources import documents
     from skylar.data.tokenizer import BPETokenizer
 
     if Path(out, "tokenizer.json").exists():
         raise ValueError(f"{out} already holds a tokenizer; choose another --out")
-    bpe = BPETokenizer.train(open_documents(source), vocab_size=vocab_size)
+    bpe = BPETokenizer.train(documents(source), vocab_size=vocab_size)
     bpe.save(out)
     say(f"{out}: {bpe.vocab_size:,} tokens, fingerprint {bpe.fingerprint[:12]}")
-    return 0
 
-# %% ../nbs/cli.ipynb #c016
+# %% ../nbs/cli.ipynb #c015
 def presets(
     *,
     json: bool = False,  # print JSON instead of a table
-) -> int:
-    """Every preset, with its true numbers of parameters and FLOPs.
+) -> None:
+    """List the presets, with true numbers of parameters and FLOPs.
 
     Example:
       skylar presets
     """
-    from skylar.models.decoder import count_parameters, flops_per_token
-    from skylar.models.presets import PRESETS, from_args, resolve
+    from skylar.models.presets import PRESETS
 
-    rows = []
-    for name in PRESETS:
-        resolved = resolve(name)
-        config, args = from_args(resolved), resolved["args"]
-        rows.append({
-            "preset": name,
-            "family": resolved["family"],
-            "parameters": count_parameters(config),
-            "flops_per_token": flops_per_token(config, args["max_seq_len"]),
-            **{k: args[k] for k in ("d_model", "n_layers", "n_heads", "d_ff",
-                                    "max_seq_len", "vocab_size")},
-        })
+    rows = [preset_row(name) for name in PRESETS]
     show(rows, json)
-    return 0
+    if not json:
+        say("D width, L layers, H heads, F feed-forward width; MFLOPs a token, forward and "
+            "backward, at full context")
 
 
-def show(rows: list[dict], as_json: bool, title: str | None = None) -> None:
+def preset_row(name: str) -> dict:
+    "What a preset is and costs."
+    from skylar.models.decoder import count_parameters, flops_per_token
+    from skylar.models.presets import from_args, resolve
+
+    resolved = resolve(name)
+    config, args = from_args(resolved), resolved["args"]
+    return {
+        "preset": name, "family": resolved["family"], "parameters": count_parameters(config),
+        "D": args["d_model"], "L": args["n_layers"], "H": args["n_heads"], "F": args["d_ff"],
+        "context": args["max_seq_len"], "vocabulary": args["vocab_size"],
+        "MFLOPs": round(flops_per_token(config, args["max_seq_len"]) / 1e6, 1)}
+
+
+def show(rows: list[dict], as_json: bool) -> None:
     "Rows as a table, or as JSON for programs."
     if as_json:
-        print(json.dumps(rows if len(rows) > 1 else rows[0]))
+        print(json.dumps(rows))
         return
-    table = Table(*rows[0], title=title, title_justify="left")
+    table = Table(*rows[0], box=SIMPLE, pad_edge=False)
     for row in rows:
         table.add_row(*map(in_words, row.values()))
     Console().print(table)
@@ -352,7 +267,7 @@ def in_words(value: Any) -> str:
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
-# %% ../nbs/cli.ipynb #c018
+# %% ../nbs/cli.ipynb #c017
 GROUPS = ("corpus", "model", "loader", "train", "optimizer", "schedule")
 DEFAULTS = {"loader.batch_size": 16, "loader.seq_len": 256}
 
@@ -362,13 +277,14 @@ def add_training_flags(parser) -> None:
     from skylar.data.shards import PackedLoader
     from skylar.models.presets import FAMILIES
     from skylar.training.optim import AdamWConfig, ScheduleConfig
+    from skylar.training.run import prepare_data
     from skylar.training.trainer import TrainConfig
 
     def group(title):
         return parser.add_argument_group(title)
 
     made = group("corpus: what to make --data from, if it is not there yet")
-    add_flags(made, data_tokenize, "corpus.", skip=("out",), optional=True)
+    add_flags(made, prepare_data, "corpus.", skip=("out",), optional=True)
     for name, family in FAMILIES.items():
         made = group(f"model: changes to the preset (family {name})")
         add_flags(made, family, "model.", optional=True)
@@ -379,154 +295,7 @@ def add_training_flags(parser) -> None:
     add_flags(group("schedule: the learning rate over the run"), ScheduleConfig, "schedule.")
     parser.set_defaults(DEFAULTS)
 
-# %% ../nbs/cli.ipynb #c019
-def built(config_class, name: str, values: dict):
-    "`config_class(**values)`; its complaint begins with the flag's full name."
-    try:
-        return config_class(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    "Everything that a training run needs, checked; nothing has been written yet."
-
-    settings: dict  # as given, for config.yaml
-    tokenizer: Any  # BPETokenizer
-    datasets: dict  # "train" and "val": ShardDataset
-    resolved: dict  # the model, as `resolve` describes it
-    config: Any  # DecoderConfig
-    train: Any  # TrainConfig
-    optimizer: Any  # AdamWConfig
-    schedule: Any  # ScheduleConfig
-
-    @property
-    def out(self) -> Path:
-        return Path(self.settings["out"])
-
-    def loader(self, part: str, **changes):
-        from skylar.data.shards import PackedLoader
-
-        return PackedLoader(self.datasets[part], **{**self.settings["loader"], **changes})
-
-    def trainer(self, train, **options):
-        from skylar.models.decoder import CausalLM
-        from skylar.training.loss import next_token_loss
-        from skylar.training.trainer import Trainer, seed_everything
-
-        seed_everything(train.seed)  # the initial weights too
-        return Trainer(
-            CausalLM(self.config), self.loader("train"), next_token_loss, train,
-            optimizer=self.optimizer, schedule=self.schedule, **options)
-
-# %% ../nbs/cli.ipynb #c020
-def prepare(settings: dict) -> Run:
-    "Check the settings, cheapest first; make the data if it is missing and a corpus is named."
-    from skylar.models.presets import from_args, resolve
-    from skylar.training.optim import AdamWConfig, ScheduleConfig
-    from skylar.training.trainer import TrainConfig
-
-    train = built(TrainConfig, "train", settings["train"])
-    optimizer = built(AdamWConfig, "optimizer", settings["optimizer"])
-    schedule = built(ScheduleConfig, "schedule", settings["schedule"])
-    schedule.multiplier(0, train.steps)  # refuses a warm-up that fills the run
-    check_device(train.device)
-    config = from_args(resolve(settings["preset"], **settings["model"]))
-    check_context(settings["loader"]["seq_len"], config.max_seq_len)
-    check_out(settings)
-    tokenizer, datasets = open_data(settings)
-    changes = {"vocab_size": tokenizer.vocab_size, **settings["model"]}
-    resolved = resolve(settings["preset"], **changes)
-    check_vocabulary(resolved["args"]["vocab_size"], tokenizer.vocab_size, settings["data"])
-    return Run(
-        settings=settings, tokenizer=tokenizer, datasets=datasets, resolved=resolved,
-        config=from_args(resolved), train=train, optimizer=optimizer, schedule=schedule)
-
-# %% ../nbs/cli.ipynb #c021
-def check_device(name: str) -> None:
-    "Refuse a device that this machine lacks."
-    import torch
-
-    if name != "auto":
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"train.device={name!r}: {reason}; use auto or cpu") from None
-
-
-def check_context(seq_len: int, max_seq_len: int) -> None:
-    "Refuse windows longer than the model's context."
-    if not 1 <= seq_len <= max_seq_len:
-        raise ValueError(f"loader.seq_len={seq_len} does not fit the model's context "
-                         f"(model.max_seq_len={max_seq_len}); lower one or raise the other")
-
-
-def check_vocabulary(model: int, tokenizer: int, data: str) -> None:
-    "Refuse a model that has another number of tokens than the data."
-    if model != tokenizer:
-        raise ValueError(f"model.vocab_size={model}, but the tokenizer of {data} has "
-                         f"{tokenizer} tokens; leave --model.vocab_size out")
-
-
-def check_out(settings: dict) -> None:
-    "Refuse an output folder that holds something else, or a run with other settings."
-    out, note = Path(settings["out"]), Path(settings["out"], "config.yaml")
-    if not note.exists():
-        if settings["resume"]:
-            raise ValueError(f"no run in {out} to resume; leave --resume out, or mend --out")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not empty; choose another --out")
-    elif not settings["resume"]:
-        raise ValueError(f"{out} already holds a run; go on with --resume, "
-                         "or choose another --out")
-    else:
-        check_same(yaml.safe_load(note.read_text()), stored(settings), note)
-
-
-def check_same(old: dict, new: dict, note: Path, prefix: str = "") -> None:
-    "Refuse to resume a run whose settings differ; names the first that does."
-    for key in sorted(old.keys() | new.keys()):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            check_same(was, now, note, f"{key}.")
-        elif was != now:
-            raise ValueError(f"{prefix}{key} is {was} in {note}, but {now} now; give the "
-                             f"settings of that run (`--config {note}`), or another --out")
-
-
-def stored(settings: dict) -> dict:
-    "The settings as config.yaml keeps them: plain values, and not how the run was started."
-    plain = json.loads(json.dumps(settings))
-    del plain["resume"]
-    return plain
-
-# %% ../nbs/cli.ipynb #c022
-def open_data(settings: dict) -> tuple:
-    "The tokenizer and both parts of the data folder, every byte verified."
-    from skylar.data.shards import ShardDataset, verify_shards
-    from skylar.data.tokenizer import BPETokenizer
-
-    data, corpus = Path(settings["data"]), dict(settings["corpus"])
-    if corpus and (source := corpus.pop("source", None)):
-        data_tokenize(source, out=str(data), **corpus)  # does nothing if it is done
-    parts = data_parts(str(data))
-    tokenizer = BPETokenizer.load(data / "tokenizer")
-    for part in parts:
-        verify_shards(part)
-    return tokenizer, {part.name: ShardDataset(part, tokenizer) for part in parts}
-
-
-def bytes_per_token(dataset, tokenizer, most: int = 10_000_000) -> float:
-    "Mean length in bytes of (the first `most`) tokens of a dataset; <bos> and <eos> are 0."
-    import numpy as np
-
-    lengths = np.array([0 if i in tokenizer.special_ids else len(token)
-                        for i, token in enumerate(tokenizer.token_bytes)])
-    return float(lengths[dataset[0:min(most, dataset.n_tokens)]].mean())
-
-# %% ../nbs/cli.ipynb #c023
+# %% ../nbs/cli.ipynb #c018
 def pretrain(
     *,
     data: str,  # folder made by `skylar data tokenize`
@@ -541,7 +310,7 @@ def pretrain(
     optimizer: dict,
     schedule: dict,
 ) -> int:
-    """Train a language model from scratch on a data folder. Ctrl-C saves a checkpoint and
+    """Train a language model from scratch. Ctrl-C saves a checkpoint and
     stops; the same command with --resume goes on exactly where it was.
 
     Examples:
@@ -550,86 +319,45 @@ def pretrain(
         --optimizer.lr 1e-3 --train.steps 2000 --loader.seq_len 512
       skylar pretrain --config runs/first/config.yaml --resume
     """
-    settings = dict(
+    from skylar.training.run import fit, prepare_run, steps_in_time
+
+    run = prepare_run(dict(
         data=data, out=out, preset=preset, minutes=minutes, resume=resume, corpus=given(corpus),
-        model=given(model), loader=loader, train=train, optimizer=optimizer, schedule=schedule)
-    run = prepare(settings)
-    return fit(run)
+        model=given(model), loader=loader, train=train, optimizer=optimizer, schedule=schedule))
+    run = run.with_steps(steps_in_time(run))
+    describe(run)
+    trainer = fit(run)
+    if trainer.interrupted and trainer.step < run.train.steps:
+        print(f"skylar: saved at step {trainer.step}; go on with `skylar pretrain --config "
+              f"{run.out / 'config.yaml'} --resume`", file=sys.stderr)
+        return 130
+    report(run, trainer.rows)
+    return 0
 
 
 def given(values: dict) -> dict:
     "Only the flags that were given."
     return {key: value for key, value in values.items() if value is not None}
 
-# %% ../nbs/cli.ipynb #c024
-def fit(run: Run) -> int:
-    "Train `run` to its end, or to the first Ctrl-C; exit code 0 or 130."
-    steps = steps_in_time(run)
-    run = replace(run, train=replace(run.train, steps=steps))
-    metadata = {
-        "model": run.resolved, "tokenizer": run.tokenizer.fingerprint,
-        "data": run.settings["data"], "loader": run.settings["loader"],
-        "bytes_per_token": bytes_per_token(run.datasets["val"], run.tokenizer)}
-    trainer = run.trainer(
-        run.train, out_dir=run.out, eval_loader=run.loader("val", shuffle=False),
-        bytes_per_token=metadata["bytes_per_token"], metadata=metadata)
-    describe(run)
-    if not run.settings["resume"]:
-        write_run(run)
-    rows = trainer.fit(resume=run.settings["resume"])
-    if trainer.interrupted and trainer.step < run.train.steps:
-        print(f"skylar: stopped and saved; go on with "
-              f"`skylar pretrain --config {run.out / 'config.yaml'} --resume`",
-              file=sys.stderr)
-        return 130
-    report(run, rows)
-    return 0
-
-# %% ../nbs/cli.ipynb #c025
-def write_run(run: Run) -> None:
-    "The parts of a run folder that do not change."
-    run.tokenizer.save(run.out / "tokenizer")
-    settings = stored(run.settings)
-    settings["train"]["steps"] = run.train.steps
-    (run.out / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-
-
-def tokens_per_step(run: Run) -> int:
-    "Tokens that one optimizer step looks at."
-    loader = run.settings["loader"]
-    return loader["batch_size"] * loader["seq_len"] * run.train.accumulate
-
-
-def steps_in_time(run: Run) -> int:
-    "train.steps, or as many as fit into `minutes` at the speed measured now."
-    if not (minutes := run.settings["minutes"]):
-        return run.train.steps
-    trial = replace(run.train, steps=8, log_every=4, save_every=0)
-    speed = run.trainer(trial, quiet=True).fit()[-1]["tokens_per_s"]
-    fits = int(minutes * 60 * speed / tokens_per_step(run))
-    say(f"{speed:,.0f} tokens/s here: {fits:,} steps fit into {minutes:g} minutes")
-    return max(1, min(fits, run.train.steps))
-
-
-def describe(run: Run) -> None:
+# %% ../nbs/cli.ipynb #c019
+def describe(run) -> None:
     "What is about to be trained, on what, for how long."
     from skylar.models.decoder import count_parameters, flops_per_token
 
-    tokens = tokens_per_step(run) * run.train.steps
-    flops = flops_per_token(run.config, run.settings["loader"]["seq_len"]) * tokens
-    n_tokens = run.datasets["train"].n_tokens
+    config, steps, loader = run.config, run.train.steps, run.settings["loader"]
+    tokens, n_tokens = run.tokens_per_step * steps, run.datasets["train"].n_tokens
     show_facts({
-        "model": f"{run.settings['preset']}, {count_parameters(run.config):,} parameters, "
-                 f"vocabulary {run.config.vocab_size:,}, context {run.config.max_seq_len:,}",
+        "model": f"{run.settings['preset']}, {count_parameters(config):,} parameters, "
+                 f"vocabulary {config.vocab_size:,}, context {config.max_seq_len:,}",
         "data": f"{n_tokens:,} tokens in {run.settings['data']}",
-        "step": f"{tokens_per_step(run):,} tokens",
-        "run": f"{run.train.steps:,} steps = {tokens:,} tokens = {tokens / n_tokens:.1f} epochs",
-        "compute": f"{flops:.3g} FLOPs",
-        "out": str(run.out),
+        "step": f"{run.tokens_per_step:,} tokens, in windows of {loader['seq_len']:,}",
+        "run": f"{steps:,} steps = {tokens:,} tokens = {tokens / n_tokens:.1f} epochs",
+        "compute": f"{flops_per_token(config, loader['seq_len']) * tokens:.3g} FLOPs",
+        "output": str(run.out),
     })
 
 
-def report(run: Run, rows: list[dict]) -> None:
+def report(run, rows: list[dict]) -> None:
     "What came out."
     last = next(row for row in reversed(rows) if "val_loss" in row)
     show_facts({
@@ -648,26 +376,7 @@ def show_facts(facts: dict[str, str]) -> None:
         table.add_row(f"[bold]{name}[/bold]", value)
     Console(soft_wrap=True, highlight=False).print(table)
 
-# %% ../nbs/cli.ipynb #c027
-def load_run(folder: str) -> tuple:
-    "Model, tokenizer and metadata of a run folder."
-    from skylar.data.tokenizer import BPETokenizer
-    from skylar.models.decoder import CausalLM
-    from skylar.models.presets import from_args
-    from skylar.training.trainer import load_metadata, load_weights
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no run folder {folder}; `skylar pretrain` makes one")
-    metadata = load_metadata(folder)
-    tokenizer = BPETokenizer.load(Path(folder) / "tokenizer")
-    if tokenizer.fingerprint != metadata["tokenizer"]:
-        raise ValueError(f"{folder}/tokenizer is not the one that this model was trained with; "
-                         "put the original back")
-    model = CausalLM(from_args(metadata["model"]))
-    load_weights(folder, model)
-    return model.eval(), tokenizer, metadata
-
-
+# %% ../nbs/cli.ipynb #c021
 def generate(
     *,
     model: str,  # folder of a run
@@ -677,10 +386,10 @@ def generate(
     top_k: int | None = 50,  # draw among the k likeliest tokens; null = all
     top_p: float | None = 0.95,  # draw among the likeliest that make up this probability
     repetition_penalty: float = 1.0,  # above 1 discourages what was already said
-    stop: list[str] = [],  # end before any of these texts  # noqa: B006
+    stop: list[str] | None = None,  # end before the first of these texts
     seed: int | None = None,  # the same number gives the same text
-) -> int:
-    """Let a trained model continue a text, word by word.
+) -> None:
+    """Let a trained model continue a text.
 
     Example:
       skylar generate --model runs/first --prompt "ROMEO:" --temperature 0.7 --seed 1
@@ -688,49 +397,49 @@ def generate(
     import torch
 
     from skylar.inference.generate import stream
+    from skylar.training.run import load_run
 
     lm, tokenizer, _ = load_run(model)
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(seed)
     pieces = stream(lm, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p,
-                    repetition_penalty, stop, generator)
+                    repetition_penalty, stop or (), generator)
     print(prompt, end="")
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-    return 0
 
-# %% ../nbs/cli.ipynb #c028
-def evaluate(
+# %% ../nbs/cli.ipynb #c022
+def eval_run(
     *,
     model: str,  # folder of a run
     data: str | None = None,  # data folder; left out: the one it was trained on
     batches: int | None = None,  # how many batches of validation data; left out: all
     json: bool = False,  # print JSON instead of a table
-) -> int:
-    """Loss (nats per token), perplexity and bits per byte of a trained model on the
-    validation part of a data folder.
+) -> None:
+    """Measure a trained model on validation data. Prints the loss (nats per token), the
+    perplexity and the bits per byte; the last compares across tokenizers.
 
     Example:
       skylar eval --model runs/first --json
     """
     from skylar.data.shards import PackedLoader
     from skylar.training.loss import next_token_loss
+    from skylar.training.run import bytes_per_token, load_run, open_data
     from skylar.training.trainer import evaluate
 
     lm, tokenizer, metadata = load_run(model)
     data = data or metadata["data"]
-    own, datasets = open_data({"data": data, "corpus": {}})
+    own, datasets = open_data(data)
     if own.fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{data} was made with another tokenizer than {model}; make it again "
                          f"with `skylar data tokenize ... --tokenizer {model}/tokenizer`")
     loader = PackedLoader(datasets["val"], **{**metadata["loader"], "shuffle": False})
-    row = evaluate(lm, loader, next_token_loss, batches,
-                   bytes_per_token=bytes_per_token(datasets["val"], tokenizer))
+    density = bytes_per_token(datasets["val"])
+    row = evaluate(lm, loader, next_token_loss, batches, bytes_per_token=density)
     show([{"data": data, **row}], json)
-    return 0
 
-# %% ../nbs/cli.ipynb #c030
+# %% ../nbs/cli.ipynb #c024
 DEMO = {  # configs/shakespeare.yaml holds the same
     "preset": "test",
     "minutes": 4.0,
@@ -754,37 +463,29 @@ def demo(
     optimizer: dict,
     schedule: dict,
 ) -> int:
-    """From nothing to a model that writes like Shakespeare: fetch the plays, train a
-    tokenizer (smaller than the default, so that it suits 5 MB), pretrain the `test` preset
-    with a shorter context, draw its loss curve and let it speak. What is done already is
-    not done again.
+    """Everything at once, from nothing to a model that writes like Shakespeare. Fetches the
+    plays, trains a tokenizer (smaller than the default: it suits 5 MB of text), pretrains
+    the `test` preset (with a shorter context: it is faster), draws the loss curve and lets
+    the model speak. What is done already is not done again.
 
     Example:
       skylar demo
     """
+    from skylar.training.run import check_out, is_finished
+
     folder = Path(out, "run")
-    finished = is_finished(folder)
-    if finished:
+    settings = dict(
+        data=str(Path(out, "data")), out=str(folder), preset=preset, minutes=minutes,
+        resume=(folder / "config.yaml").exists(), corpus=given(corpus), model=given(model),
+        loader=loader, train=train, optimizer=optimizer, schedule=schedule)
+    if is_finished(folder):
+        check_out(settings)
         say(f"{folder} is a finished run: straight to its sample")
-    else:
-        code = pretrain(
-            data=str(Path(out, "data")), out=str(folder), preset=preset, minutes=minutes,
-            resume=(folder / "config.yaml").exists(), corpus=corpus, model=model,
-            loader=loader, train=train, optimizer=optimizer, schedule=schedule)
-        if code:
-            return code
+    elif code := pretrain(**settings):
+        return code
     draw_loss(folder / "metrics.jsonl", Path(out, "loss.png"))
-    return generate(model=str(folder), prompt="ROMEO:\n", seed=1)
-
-
-def is_finished(folder: Path) -> bool:
-    "True if the run in `folder` has trained all its steps."
-    note, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    if not (note.exists() and metrics.exists()):
-        return False
-    last = metrics.read_text().splitlines()[-1:]
-    steps = yaml.safe_load(note.read_text())["train"]["steps"]
-    return bool(last) and json.loads(last[0])["step"] >= steps
+    generate(model=str(folder), prompt="ROMEO:\n", seed=1)
+    return 0
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
@@ -798,20 +499,20 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     loss_curve(metrics).figure.savefig(picture)
     say(f"loss curve: {picture}")
 
-# %% ../nbs/cli.ipynb #c032
-COMMANDS = {
+# %% ../nbs/cli.ipynb #c026
+COMMANDS = {  # name -> function; its signature and docstring are the help
     "data fetch": data_fetch,
     "data tokenize": data_tokenize,
     "data verify": data_verify,
     "tokenizer train": tokenizer_train,
     "pretrain": pretrain,
     "generate": generate,
-    "eval": evaluate,
+    "eval": eval_run,
     "presets": presets,
     "demo": demo,
 }
 
-# %% ../nbs/cli.ipynb #c033
+# %% ../nbs/cli.ipynb #c027
 def command_parser(name: str) -> Parser:
     "The parser of one command; only this command's modules are imported."
     function = COMMANDS[name]
@@ -821,6 +522,10 @@ def command_parser(name: str) -> Parser:
     if name != "demo":
         parser.add_argument("--config", action="config", help="YAML file with any of these flags")
     add_flags(parser, function, skip=GROUPS)
+    if function is data_tokenize:
+        from skylar.training.run import prepare_data
+
+        add_flags(parser, prepare_data, skip=("source",))
     if function in (pretrain, demo):
         add_training_flags(parser)
     if function is demo:
@@ -839,7 +544,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
         leaves |= inside if inside is not None else {prefix + key: value}
     return leaves
 
-# %% ../nbs/cli.ipynb #c034
+# %% ../nbs/cli.ipynb #c028
 def overview() -> str:
     "What `skylar --help` prints."
     lines = ["usage: skylar COMMAND [--flag value ...]", "", "commands:"]
@@ -863,7 +568,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
 
-# %% ../nbs/cli.ipynb #c035
+# %% ../nbs/cli.ipynb #c029
 def run_command(words: list[str]) -> int:
     "Parse and run one command line; its exit code."
     from skylar import __version__
@@ -880,13 +585,14 @@ def run_command(words: list[str]) -> int:
     function = COMMANDS[name]
     positional = [settings.pop(p.name) for p in inspect.signature(function).parameters.values()
                   if p.kind is p.POSITIONAL_ONLY]
-    return function(*positional, **settings)
+    return function(*positional, **settings) or 0
 
 
 def main(
     argv: list[str] | None = None,  # words after `skylar`; None: those of this process
 ) -> int:  # exit code
     "The command `skylar`. A mistake is one line on stderr and exit code 2."
+    warnings.showwarning = lambda message, *_: print(f"skylar: note: {message}", file=sys.stderr)
     try:
         return run_command(sys.argv[1:] if argv is None else argv)
     except SystemExit as end:  # --help and --print_config
