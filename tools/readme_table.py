@@ -1,0 +1,91 @@
+"""Fill the README's tables from bench/results/*.json and the lessons' first cells.
+
+    python tools/readme_table.py            # rewrite README.md
+    python tools/readme_table.py --check    # exit 1 if README.md would change
+
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. No number in them is typed.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    "A Markdown table."
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def result(name: str) -> dict:
+    "What `bench/NAME.py` wrote."
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def first_cell(path: Path) -> dict[str, str]:
+    "Title and box of a lesson, from its first cell."
+    cell = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    box = dict(re.findall(r"^\| \*\*(.+?)\*\* \| (.+?) \|$", cell, flags=re.MULTILINE))
+    return {"title": re.search(r"^# (.+)$", cell, flags=re.MULTILINE)[1], **box}
+
+
+def lessons() -> str:
+    "The map: lesson, what it builds, seconds, module."
+    seconds = {row["lesson"]: row["seconds"] for row in result("lessons")["rows"]}
+    rows = []
+    for path in sorted((ROOT / "nbs").rglob("[0-9]*.ipynb")) + [ROOT / "nbs/cli.ipynb"]:
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
+        link = f"[{path.stem.replace('_', ' ')}]({name})"
+        rows.append([link, box["title"], f"{seconds[name]:.0f} s", box["Exports"]])
+    header = ["lesson", "what it is about", "runs in", "becomes"]
+    return table(header, rows) + f"\n\nAll together: {sum(seconds.values()) / 60:.1f} minutes."
+
+
+def bench() -> str:
+    "One row a benchmark: what, ours, theirs, ratio, target."
+    rows = []
+    for name in ("train_step", "time_to_quality", "loader", "tokenize"):
+        for row in result(name).get("summary", []):
+            rows.append([row["what"], row["ours"], row["theirs"], row["ratio"], row["target"]])
+    return table(["what", "Skylar", "the other side", "ratio", "target"], rows)
+
+
+def machine() -> str:
+    "Where the numbers were measured."
+    header = result("train_step")
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if k != "skylar")
+    m = header["machine"]
+    return f"Measured on {m['cpu']}, {m['cores']} cores, {m['system']}; {versions}."
+
+
+TABLES = {"lessons": lessons, "bench": bench, "machine": machine}
+
+
+def filled(text: str) -> str:
+    "`text` with every table made anew."
+    for name, make in TABLES.items():
+        mark = rf"(<!-- table {name} -->\n).*?(\n<!-- end {name} -->)"
+        text = re.sub(mark, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = filled(old)
+    if "--check" in sys.argv:
+        if new != old:
+            print("README.md: tables are stale; run `python tools/readme_table.py`")
+        return int(new != old)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
