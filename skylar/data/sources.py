@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 
 import fsspec
@@ -166,11 +167,11 @@ class PackagePlace:
     def __str__(self):
         return f"the Python package {self.package} {self.version}"
 
-    def rows(self, folder: Path) -> Iterator[dict]:
-        """Documents as {"title", "text"}; downloads go to `folder`."""
+    def rows(self, folder: Path, start: int = 0) -> Iterator[dict]:
+        """Documents from number `start` on as {"title", "text"}; downloads go to `folder`."""
         archive = folder / f"{self.package}-{self.version}.archive"
         download(package_url(self.package, self.version, self.sha256), archive, self.sha256)
-        for name, data in archive_members(archive, self.members):
+        for name, data in islice(archive_members(archive, self.members), start, None):
             yield {"title": PurePosixPath(name).stem, "text": self.clean(data.decode("utf-8"))}
         archive.unlink()
 
@@ -186,17 +187,18 @@ class HubPlace:
     field: str = "text"
 
     def __str__(self):
-        return f"the Hugging Face dataset {self.repo}"
+        parts = (self.repo, self.config, self.split, self.revision)
+        return f"the Hugging Face dataset {' '.join(filter(None, parts))}"
 
-    def rows(self, folder: Path) -> Iterator[dict]:
-        """Documents as {"text"}."""
+    def rows(self, folder: Path, start: int = 0) -> Iterator[dict]:
+        """Documents from number `start` on as {"text"}."""
         try:
             from datasets import load_dataset
         except ImportError:
             raise ImportError('`datasets` is missing: pip install "skylar[hub]"') from None
         rows = load_dataset(self.repo, self.config, split=self.split,
                             revision=self.revision, streaming=True)
-        for row in rows:
+        for row in rows.skip(start):
             yield {"text": row[self.field]}
 
 # %% ../../nbs/00_transformer/00_text.ipynb #c011
@@ -209,9 +211,9 @@ class FilePlace:
     def __str__(self):
         return self.url
 
-    def rows(self, folder: Path) -> Iterator[dict]:
-        """Documents as {"text"}."""
-        return ({"text": text} for text in documents(self.url))
+    def rows(self, folder: Path, start: int = 0) -> Iterator[dict]:
+        """Documents from number `start` on as {"text"}."""
+        return ({"text": text} for text in islice(documents(self.url), start, None))
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -259,20 +261,32 @@ def _verified(folder: Path) -> bool:
         return False
     return sha256_file(corpus) == json.loads(receipt.read_text())["sha256"]
 
+def _whole_lines(part: Path) -> int:
+    """Cut a half-written last line off, and count the lines that are left."""
+    if not part.exists():
+        return 0
+    with open(part, "rb+") as file:
+        lines = good = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                lines, good = lines + 1, good + len(line)
+        file.truncate(good)
+    return lines
+
 def _store(name: str, place, folder: Path) -> Path:
     """Write a place's documents as `corpus.jsonl` and, last, its `receipt.json`."""
-    part, corpus = folder / "corpus.jsonl.part", folder / "corpus.jsonl"
-    count = 0
-    with open(part, "w", encoding="utf-8", newline="\n") as file, _progress(name) as advance:
-        for row in place.rows(folder):
+    part = folder / (hashlib.sha256(str(place).encode()).hexdigest()[:8] + ".jsonl.part")
+    count = _whole_lines(part)  # an interrupted run goes on where it was
+    with open(part, "a", encoding="utf-8", newline="\n") as file, _progress(name) as advance:
+        for row in place.rows(folder, count):
             advance(file.write(json.dumps(row, ensure_ascii=False) + "\n"))
             count += 1
     if not count:
         raise OSError("it holds no documents")
     receipt = {"place": str(place), "licence": place.licence, "documents": count,
                "bytes": part.stat().st_size, "sha256": sha256_file(part)}
-    part.replace(corpus)
     (folder / "receipt.json.part").write_text(json.dumps(receipt, indent=2) + "\n")
+    corpus = part.replace(folder / "corpus.jsonl")
     (folder / "receipt.json.part").replace(folder / "receipt.json")
     return corpus
 
@@ -335,8 +349,11 @@ def _read_parquet(file, name: str) -> Iterator[str]:
     table = parquet.ParquetFile(file)
     if "text" not in table.schema_arrow.names:
         raise ValueError(f'{name}: no column "text" among {table.schema_arrow.names}')
-    for batch in table.iter_batches(columns=["text"]):
-        yield from batch.column(0).to_pylist()
+    batches = (b.column(0).to_pylist() for b in table.iter_batches(columns=["text"]))
+    for row, text in enumerate(chain.from_iterable(batches)):
+        if not isinstance(text, str):
+            raise ValueError(f'{name}, row {row}: "text" is {text!r}, not a string')
+        yield text
 
 READERS = {".txt": _read_text, ".md": _read_text, ".jsonl": _read_jsonl,
            ".parquet": _read_parquet}
