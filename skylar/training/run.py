@@ -23,8 +23,9 @@ from ..models.decoder import CausalLM, DecoderConfig
 from ..models.presets import from_args, resolve
 from .loss import next_token_loss
 from .optim import AdamWConfig, ScheduleConfig
-from .trainer import TrainConfig, Trainer, load_metadata, load_weights
-from .trainer import read_metrics, seed_everything, write_atomic
+from .checkpoint import load_metadata, load_weights, seed_everything
+from .checkpoint import write_atomic
+from .trainer import TrainConfig, Trainer, read_metrics
 
 # %% ../../nbs/runs.ipynb #c004
 def split(documents, val_fraction: float, part: str):
@@ -287,8 +288,10 @@ def write_run(run: Run) -> None:
     write_atomic(run.out / "config.yaml", text)
 
 
-def fit(run: Run) -> Trainer:
-    "Train to the end or to the first Ctrl-C (then `.interrupted` is set); metrics in `.rows`."
+def fit(
+    run: Run,
+) -> tuple[list[dict], bool]:  # rows of metrics; was it stopped before its end?
+    "Train `run` to its last step, or to the first Ctrl-C, which saves a checkpoint too."
     density = bytes_per_token(run.datasets["val"])
     metadata = {
         "model": run.model, "tokenizer": run.tokenizer.fingerprint,
@@ -299,8 +302,8 @@ def fit(run: Run) -> Trainer:
         bytes_per_token=density, metadata=metadata)
     if not run.settings["resume"]:
         write_run(run)
-    trainer.fit(resume=run.settings["resume"])
-    return trainer
+    rows = trainer.fit(resume=run.settings["resume"])
+    return rows, trainer.step < run.train.steps
 
 # %% ../../nbs/runs.ipynb #c015
 def is_finished(folder: Path | str) -> bool:
