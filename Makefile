@@ -26,6 +26,10 @@ $(VENV)/.dev: $(VENV)/.base
 	$(INSTALL) -e '.[dev]'
 	touch $@
 
+$(VENV)/.browser: $(VENV)/.dev
+	$(INSTALL) -e '.[browser]'
+	touch $@
+
 demo: $(VENV)/.base
 	$(BIN)/skylar demo
 

@@ -28,7 +28,7 @@ SETTINGS = {
     "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
     "notebook-extension/tracker": '{"windowingMode": "none"}',  # every cell is in the page
 }
-PANEL = "window.jupyterapp.shell.currentWidget"
+PANEL = "window.jupyterapp?.shell?.currentWidget"
 
 
 def free_port() -> int:
