@@ -52,13 +52,21 @@ def signature(name: str, function) -> str:
     return line if len(line) <= 80 else f"{name}(\n    " + ",\n    ".join(pieces) + ",\n)"
 
 
+STARRED = re.compile(r"^\s*\*\*?(\w+)\b[^#\n]*#\s*(.*)$", re.M)
+
+
 def words(function) -> dict[str, str]:
     """What nbdev's comments beside the parameters, and beside the result, say."""
     try:
-        found = docments(function)
-    except Exception:  # no source to read: a class without an own __init__
+        found = {name: text for name, text in docments(function).items() if text}
+        starred = STARRED.findall(inspect.getsource(function))
+    except (OSError, TypeError, AttributeError):  # a class without an own __init__ has no source
         return {}
-    return {name: text for name, text in found.items() if text}
+    for name, text in starred:  # docments takes the comment of the last **name for the result's
+        found[name] = text
+        if found.get("return") == text:
+            del found["return"]
+    return found
 
 
 def cell(text: str) -> str:
@@ -66,7 +74,8 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    return f"`{text}`" if text else ""
+    fence = "``" if "`" in text else "`"
+    return f"{fence}{text}{fence}" if text else ""
 
 
 def parameter_rows(function) -> list[tuple[str, str, str, str]]:
@@ -110,22 +119,32 @@ def own_methods(cls: type) -> list[tuple[str, object]]:
 
 def constant(value) -> str:
     """A constant's value; of a long collection its size and its first members."""
-    if not isinstance(value, dict | list | tuple | set | frozenset):
-        return f"```python\n{default_text(value) or type_name(value)}\n```"
-    shown = [code(str(x)) for x in list(value)[:12]]
-    more = [] if len(shown) == len(value) else ["..."]
-    return f"{type(value).__name__} of {len(value)}: {', '.join(shown + more)}"
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        shown = ", ".join(code(str(x)) for x in list(value)[:11])
+        return f"{len(value)}: {shown}" + (", ..." if len(value) > 11 else "")
+    return code(repr(value) if len(repr(value)) <= 200 else f"{repr(value)[:200]}...")
+
+
+def constants(names: dict[str, object]) -> Iterator[str]:
+    if names:
+        yield "## Constants"
+        rows = (("Name", "Type", "Value"), (":---",) * 3) + tuple(
+            (code(name), code(type(value).__name__), constant(value))
+            for name, value in names.items()
+        )
+        yield "\n".join("| " + " | ".join(map(cell, row)) + " |" for row in rows)
+
+
+def explained(thing) -> bool:
+    return inspect.isclass(thing) or inspect.isroutine(thing)
 
 
 def entry(name: str, thing, level: str = "##") -> Iterator[str]:
-    """One public name: heading, signature, docstring, parameters, and the methods of a class."""
-    yield f"{level} {name.split('.')[-1] if level == '###' else name}"
-    if inspect.isclass(thing) or inspect.isroutine(thing):
-        yield f"```python\n{signature(name, thing)}\n```"
-        yield docstring(thing)
-        yield from parameter_table(thing)
-    else:
-        yield constant(thing)
+    """One function or class: heading, signature, docstring, parameters, a class's methods."""
+    yield f"{level} {name.rpartition('.')[2]}"
+    yield f"```python\n{signature(name, thing)}\n```"
+    yield docstring(thing)
+    yield from parameter_table(thing)
     if inspect.isclass(thing):
         for method_name, method in own_methods(thing):
             yield from entry(f"{name}.{method_name}", method, "###")
@@ -135,8 +154,10 @@ def page(module: ModuleType, lesson: str) -> str:
     """The Markdown of a module's page; `lesson` is the notebook that it is written in."""
     parts = [f"# {module.__name__}", inspect.getdoc(module) or ""]
     parts.append(f"Written, proved and measured in [{Path(lesson).stem}](../{lesson}).")
-    for name in module.__all__:
-        parts += entry(name, getattr(module, name))
+    public = {name: getattr(module, name) for name in module.__all__}
+    for name in filter(lambda name: explained(public[name]), public):
+        parts += entry(name, public[name])
+    parts += constants({name: x for name, x in public.items() if not explained(x)})
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
