@@ -18,7 +18,7 @@ from ..layers.block import BlockConfig, LayerConfig, LayerNormConfig, MLPConfig
 from ..layers.block import check_dropout
 from ..layers.positions import LearnedPositionsConfig
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c003
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c023
 def _require_positive(**sizes: int) -> None:
     "Refuse any size that is not a whole number of at least 1, by name."
     for name, size in sizes.items():
@@ -27,7 +27,7 @@ def _require_positive(**sizes: int) -> None:
                 f"{name}={size!r} is not a size; give a whole number of at least 1"
             )
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c004
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c024
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A decoder-only language model, described: sizes, blocks, and how it starts.
@@ -52,14 +52,14 @@ class DecoderConfig:
             raise ValueError("blocks is empty; give at least one BlockConfig")
         check_dropout(self.dropout)
         if self.init_std <= 0:
-            raise ValueError(f"init_std={self.init_std} is not positive; GPT-2 uses 0.02")
+            raise ValueError(f"init_std={self.init_std} is not positive; try 0.02")
         if self.positions is not None and self.positions.max_len < T:
             raise ValueError(
                 f"positions.max_len={self.positions.max_len} is shorter than "
                 f"max_seq_len={T}; make them equal"
             )
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c005
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c038
 def restarting_positions(
     document_ids: Tensor,  # (B, T) which document each token belongs to
 ) -> Tensor:  # (B, T) 0, 1, 2, ... from the start of each document
@@ -69,7 +69,37 @@ def restarting_positions(
     starts = torch.where(nn.functional.pad(changed, (1, 0)), steps, 0)  # (B, T)
     return steps - starts.cummax(dim=-1).values
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c006
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c041
+def _check_shapes(config: DecoderConfig, input_ids: Tensor, **others: Tensor | None):
+    "`ValueError` for ids that this model cannot read, judged by shape alone."
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"input_ids has shape {shape}; give (batch, length): "
+            "ids[None] makes a batch of a single sequence"
+        )
+    if shape[1] > config.max_seq_len:
+        raise ValueError(
+            f"sequence of {shape[1]} tokens is longer than max_seq_len="
+            f"{config.max_seq_len}; crop it, or build a model with a larger one"
+        )
+    for name, ids in others.items():
+        if ids is not None and tuple(ids.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(ids.shape)}, input_ids {shape}; "
+                "give one for each token"
+            )
+
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c043
+def _unknown_token(input_ids: Tensor, vocab_size: int) -> ValueError:
+    "What to raise after a look-up went out of bounds."
+    low, high = int(input_ids.min()), int(input_ids.max())
+    return ValueError(
+        f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} "
+        f"(0 to {vocab_size - 1}); use the tokenizer that this model was made for"
+    )
+
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c045
 class Decoder(nn.Module):
     """Token ids in, hidden states out: embed, run every block, normalise.
 
@@ -90,11 +120,13 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # (B, T) token ids
-        position_ids: Tensor | None = None,  # (B, T); None = 0, 1, 2, ...
+        position_ids: Tensor | None = None,  # (B, T); None = from 0 in each document
         document_ids: Tensor | None = None,  # (B, T); None = one document a row
     ) -> Tensor:  # (B, T, D) hidden states
         "Raises `ValueError` for a wrong shape, a sequence too long or an unknown id."
-        self._check_shapes(input_ids, position_ids, document_ids)
+        _check_shapes(
+            self.config, input_ids, position_ids=position_ids, document_ids=document_ids
+        )
         x = self._embed(input_ids)  # (B, T, D)
         if self.embed_positions is not None:
             if position_ids is None:
@@ -106,44 +138,20 @@ class Decoder(nn.Module):
             x = layer(x, mask)
         return self.norm(x)
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # compiled code checks the bounds itself
+            return self.embed_tokens(input_ids)
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError:  # on CPU; a GPU stops with its own device-side assertion
+            raise _unknown_token(input_ids, self.config.vocab_size) from None
+
     def _positions(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
         if document_ids is None:
             return torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
         return restarting_positions(document_ids)  # (B, T)
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # compiled code asserts the bounds itself
-            return self.embed_tokens(input_ids)
-        try:
-            return self.embed_tokens(input_ids)
-        except IndexError:  # on CPU; a GPU stops with its own device-side assertion
-            V = self.config.vocab_size
-            low, high = int(input_ids.min()), int(input_ids.max())
-            raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary of {V} "
-                f"(0 to {V - 1}); use the tokenizer that this model was made for"
-            ) from None
-
-    def _check_shapes(self, input_ids, position_ids, document_ids) -> None:
-        if input_ids.ndim != 2:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; give (batch, length), "
-                "ids[None] for a single sequence"
-            )
-        if input_ids.shape[1] > self.config.max_seq_len:
-            raise ValueError(
-                f"sequence of {input_ids.shape[1]} tokens is longer than max_seq_len="
-                f"{self.config.max_seq_len}; crop it, or build a model with a larger one"
-            )
-        others = {"position_ids": position_ids, "document_ids": document_ids}
-        for name, ids in others.items():
-            if ids is not None and ids.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(ids.shape)}, input_ids "
-                    f"{tuple(input_ids.shape)}; give one for each token"
-                )
-
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c007
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c056
 # the matrices whose products are added to the residual stream
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
@@ -152,7 +160,7 @@ _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 def init_weights(
     model: nn.Module,  # a CausalLM, or any module whose `.config` is a DecoderConfig
 ) -> None:
-    """Start every parameter as GPT-2 does: the one place where initial values come from.
+    """Start every parameter as GPT-2 does: the one place where first values come from.
 
     Matrices N(0, init_std); those that write into the residual stream a further
     1/sqrt(2L) smaller; norms 1; biases 0. Works on sharded and just-materialised
@@ -171,7 +179,7 @@ def init_weights(
         else:
             parameter.normal_(0.0, config.init_std)
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c008
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c058
 class CausalLM(nn.Module):
     "A `Decoder` and a head that turns each hidden state into a score for every token."
 
@@ -190,12 +198,12 @@ class CausalLM(nn.Module):
     def forward(
         self,
         input_ids: Tensor,  # (B, T) token ids
-        position_ids: Tensor | None = None,  # (B, T); None = 0, 1, 2, ...
+        position_ids: Tensor | None = None,  # (B, T); None = from 0 in each document
         document_ids: Tensor | None = None,  # (B, T); None = one document a row
     ) -> Tensor:  # (B, T, V) logits: scores of the next token
         return self.lm_head(self.model(input_ids, position_ids, document_ids))
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c009
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c066
 def gpt2(
     *,
     vocab_size: int = 50257,  # V
@@ -214,10 +222,10 @@ def gpt2(
 
     The defaults are the 124M model. Raises `ValueError` naming what does not fit.
     """
-    d_ff = 4 * d_model if d_ff is None else d_ff
     _require_positive(
         vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers
     )
+    d_ff = 4 * d_model if d_ff is None else d_ff
     _require_positive(d_ff=d_ff, max_seq_len=max_seq_len)
     if d_head is None and d_model % n_heads:
         raise ValueError(
@@ -249,16 +257,17 @@ def gpt2(
         dropout=dropout,
     )
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c010
-def _sizes(config, d_model: int) -> list[tuple[str, int]]:
-    "(name, number of elements) of each parameter that a part would have; allocates none."
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c072
+def _size(part: LayerConfig | None, d_model: int) -> int:
+    "Number of parameters that a part would have; allocates none of them."
+    if part is None:
+        return 0
     with torch.device("meta"):
-        part = config.build(d_model)
-    return [(name, p.numel()) for name, p in part.named_parameters()]
+        return sum(p.numel() for p in part.build(d_model).parameters())
 
 
-def _block_total(config: DecoderConfig, count) -> int:
-    "Sum of `count(block)` over the blocks, each distinct one built once."
+def _over_blocks(config: DecoderConfig, count) -> int:
+    "Sum of `count(block)` over the blocks, asked once for each distinct one."
     return sum(count(b) * config.blocks.count(b) for b in dict.fromkeys(config.blocks))
 
 
@@ -268,12 +277,10 @@ def count_parameters(
     "V D (twice if untied) + positions + every block + the last norm."
     D = config.d_model
     ends = config.vocab_size * D * (1 if config.tie_embeddings else 2)
-    parts = [p for p in (config.positions, config.norm) if p is not None]
-    around = sum(size for part in parts for _, size in _sizes(part, D))
-    inside = _block_total(config, lambda block: sum(size for _, size in _sizes(block, D)))
-    return ends + around + inside
+    blocks = _over_blocks(config, lambda block: _size(block, D))
+    return ends + _size(config.positions, D) + blocks + _size(config.norm, D)
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c011
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c079
 def matmul_parameters(
     config: DecoderConfig,
 ) -> int:  # weights that meet every token in a matrix product, the head's included
@@ -282,23 +289,23 @@ def matmul_parameters(
 
     def matrices(block):
         with torch.device("meta"):
-            modules = list(block.build(D).modules())
-        return sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+            modules = block.build(D).modules()
+            return sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
 
-    return _block_total(config, matrices) + config.vocab_size * D
+    return _over_blocks(config, matrices) + config.vocab_size * D
 
 
 def flops_per_token(
     config: DecoderConfig,
     seq_len: int,  # T, length of the sequences trained on
 ) -> int:  # floating-point operations for one token, forward and backward
-    """`6 N + 12 T (sum over blocks of H Dh)`: a multiply-add is 2, backward twice forward.
+    """`6 N + 12 T (sum over blocks of H Dh)`: a multiply-add is 2, backward 2 x forward.
 
     The second term is attention's Q K^T and A V over all T keys, not halved for the
     causal mask: the convention of PaLM (Chowdhery et al. 2022, appendix B), and what
     `torch.utils.flop_counter` counts, so that utilisation compares with others'.
     """
     D = config.d_model
-    heads = (b.attention for b in config.blocks)
+    heads = (block.attention for block in config.blocks)
     width = sum(a.n_heads * (a.d_head or D // a.n_heads) for a in heads)  # sum of H Dh
     return 6 * matmul_parameters(config) + 12 * seq_len * width
