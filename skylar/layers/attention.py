@@ -38,7 +38,7 @@ def causal_mask(
     ones = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     return ones.tril(n_keys - n_queries)
 
-# %% ../../nbs/00_transformer/03_attention.ipynb #c050
+# %% ../../nbs/00_transformer/03_attention.ipynb #c051
 def flash_attention(
     q: Tensor,  # (B, H, T, Dh)
     k: Tensor,  # (B, H, S, Dh)
@@ -65,7 +65,7 @@ def flash_attention(
         peak = new_peak
     return out / total
 
-# %% ../../nbs/00_transformer/03_attention.ipynb #c061
+# %% ../../nbs/00_transformer/03_attention.ipynb #c062
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     "Causal multi-head self-attention with `n_heads` heads of width `d_head`."
@@ -87,7 +87,7 @@ class AttentionConfig:
         "The layer for a model of width `d_model`."
         return MultiHeadAttention(self, d_model)
 
-# %% ../../nbs/00_transformer/03_attention.ipynb #c062
+# %% ../../nbs/00_transformer/03_attention.ipynb #c063
 class MultiHeadAttention(nn.Module):
     "Causal multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."
 
@@ -120,7 +120,7 @@ class MultiHeadAttention(nn.Module):
         )
         return self.o_proj(rearrange(out, "b h t d -> b t (h d)"))
 
-# %% ../../nbs/00_transformer/03_attention.ipynb #c071
+# %% ../../nbs/00_transformer/03_attention.ipynb #c072
 def document_mask(
     document_ids: Tensor,  # (B, T) which document each token belongs to
 ) -> Tensor:  # (B, 1, T, T) bool, True = may look
