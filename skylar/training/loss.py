@@ -13,48 +13,53 @@ from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/00_transformer/10_fused_loss.ipynb #c003
 def _chunk_loss(
-    logits: Tensor,  # (C, V) in the dtype of the matrix product
-    labels: Tensor,  # (C,) where ignored, any valid class
-    valid: Tensor,  # (C,) 1 for real labels, 0 for ignored
+    logits: Tensor,  # (C, V) raw; overwritten with their gradient
+    x: Tensor,  # (C, V) room for the same numbers in fp32 (or fp64)
+    p: Tensor,  # (C, V) room for the probabilities
+    labels: Tensor,  # (C, 1)
+    valid: Tensor,  # (C, 1) False where the row counts for nothing
     z_loss: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # summed loss; (C, V) its gradient for the raw logits
-    "Loss of a few rows and its gradient, in fp32 (or fp64) whatever the logits are in."
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+) -> Tensor:  # summed loss of the rows
+    "Loss of a few rows; turns `logits` into d loss / d logits, making no new (C, V) tensor."
+    x.copy_(logits)
     if softcap is not None:
-        x = softcap * torch.tanh(x / softcap)
-    p = torch.softmax(x, dim=-1)
-    top, where = x.max(dim=-1, keepdim=True)
-    lse = top - p.gather(-1, where).log()  # (C, 1); the largest p is at least 1/V
-    hit = rearrange(labels, "c -> c 1")
-    valid = rearrange(valid, "c -> c 1").to(x.dtype)
-    loss = (valid * (lse - x.gather(-1, hit) + z_loss * lse.square())).sum()
-    grad = p * (valid * (1 + 2 * z_loss * lse))
-    grad.scatter_add_(-1, hit, -valid)
+        x.div_(softcap).tanh_().mul_(softcap)
+    torch.softmax(x, dim=-1, out=p)
+    lse = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # p.amax >= 1/V
+    labels, valid = labels * valid, valid.to(x.dtype)  # an ignored label may be no class
+    loss = (valid * (lse - x.gather(-1, labels) + z_loss * lse.square())).sum()
+    p.mul_(valid * (1 + 2 * z_loss * lse)).scatter_add_(-1, labels, -valid)
     if softcap is not None:
-        grad *= 1 - (x / softcap).square()
-    return loss, grad.to(logits.dtype)
+        p.mul_(x.div_(softcap).square_().neg_().add_(1))  # d tanh = 1 - tanh^2
+    logits.copy_(p)
+    return loss
 
 # %% ../../nbs/00_transformer/10_fused_loss.ipynb #c004
 class _LinearCrossEntropy(torch.autograd.Function):
     "Sum of cross-entropies of `hidden @ weight.T`; gradients are made on the way forward."
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, dtype, chunk, z_loss, softcap, ignore_index):
-        w, wide = weight.to(dtype), torch.promote_types(dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+    def forward(ctx, hidden, weight, labels, valid, dtype, chunk, z_loss, softcap):
+        h, w, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[:2]
+        loss = hidden.new_zeros((), dtype=wide)
         grad_h = torch.zeros_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
-        for i in range(0, len(labels), chunk):
-            h, y = hidden[i : i + chunk].to(dtype), labels[i : i + chunk]  # (C, D), (C,)
-            valid = y != ignore_index
-            part, grad = _chunk_loss(h @ w.T, y * valid, valid, z_loss, softcap)
-            loss += part
+        rows = min(chunk, len(h))
+        logits = w.new_empty(rows, len(w))  # (C, V) used again by every chunk
+        x, p = (torch.empty_like(logits, dtype=wide) for _ in range(2))
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            n = len(h[part])
+            torch.mm(h[part], w.T, out=logits[:n])
+            loss += _chunk_loss(
+                logits[:n], x[:n], p[:n], labels[part], valid[part], z_loss, softcap
+            )
             if need_h:
-                grad_h[i : i + chunk] = grad @ w
+                grad_h[part] = logits[:n] @ w
             if need_w:
-                grad_w += grad.T @ h
+                grad_w += logits[:n].T @ h[part]
         ctx.save_for_backward(grad_h, grad_w)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -85,12 +90,13 @@ def linear_cross_entropy(
     valid = labels != ignore_index
     n_valid = valid.sum()
     if not torch.compiler.is_compiling():  # a compiled graph needs fixed shapes
-        hidden, labels = hidden[valid], labels[valid]
+        hidden, labels, valid = hidden[valid], labels[valid], valid[valid]
     dtype = hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+    labels, valid = (rearrange(x, "n -> n 1") for x in (labels, valid))
     loss = _LinearCrossEntropy.apply(
-        hidden, weight, labels, dtype, chunk, z_loss, softcap, ignore_index
+        hidden, weight, labels, valid, dtype, chunk, z_loss, softcap
     )
     return loss, n_valid
 
