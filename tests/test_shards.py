@@ -281,9 +281,8 @@ def test_permute_differs_by_seed_and_epoch_and_needs_no_table():
 # --- batches ----------------------------------------------------------------------------
 
 
-def reference(texts, start, T):
-    """One window by the definition, token by token."""
-    tokens = [(t, d) for d, text in enumerate(texts) for t in (256, *text.encode(), 257)]
+def reference(tokens, start, T):
+    """One window by the definition, token by token, of (token, document) pairs."""
     ids, labels, documents, positions = [], [], [], []
     for at in range(start, start + T):
         token, doc = tokens[at]
@@ -298,9 +297,10 @@ def reference(texts, start, T):
 
 @pytest.mark.parametrize("T", [1, 2, 3, 16, 50, 333])
 def test_every_window_is_as_defined(dataset, T):
+    tokens = [(t, d) for d, text in enumerate(corpus()) for t in (256, *text.encode(), 257)]
     loader = PackedLoader(dataset, batch_size=1, seq_len=T, shuffle=False, prefetch=0)
     for window, batch in zip(range(loader.n_windows), loader):
-        expected = reference(corpus(), window * T, T)
+        expected = reference(tokens, window * T, T)
         keys = ("input_ids", "labels", "document_ids", "position_ids")
         for key, row in zip(keys, expected):
             assert batch[key].shape == (1, T) and batch[key].dtype == torch.int64

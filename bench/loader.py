@@ -1,0 +1,86 @@
+"""How fast the loader hands out batches, against what training the `test` preset consumes.
+
+    python bench/loader.py
+
+Same process, in turns, medians; both at the same window length and tokens per step.
+Target: the loader gives at least 100 times the tokens per second that training takes."""
+
+import statistics
+import tempfile
+import time
+
+import torch
+from common import record
+
+from skylar.data.shards import PackedLoader, ShardDataset, write_shards
+from skylar.data.sources import documents
+from skylar.data.tokenizer import BPETokenizer
+from skylar.models.decoder import CausalLM
+from skylar.models.presets import get_config
+from skylar.training.loss import next_token_loss
+
+TOKENS = 8192  # per batch
+
+
+def loader_rate(loader: PackedLoader, batches: int = 200) -> float:
+    """Tokens per second of `batches` batches, the first one not counted."""
+    it = iter(loader)
+    next(it)
+    start = time.perf_counter()
+    for _ in range(batches):
+        next(it)
+    took = time.perf_counter() - start
+    it.close()
+    return batches * loader.batch_size * loader.seq_len / took
+
+
+def training_step(vocab_size: int):
+    """One bf16 optimiser step of the `test` preset, as a function of a batch."""
+    torch.manual_seed(0)
+    model = CausalLM(get_config("test", vocab_size=vocab_size))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step(batch) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, n_valid, _ = next_token_loss(model, batch)
+        (loss / n_valid).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def training_rate(step, batch, steps: int = 2) -> float:
+    """Tokens per second of training steps."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        step(batch)
+    return steps * batch["input_ids"].numel() / (time.perf_counter() - start)
+
+
+def measure(dataset: ShardDataset, seq_len: int, prefetch: int, step, runs: int) -> dict:
+    """One row: medians of both rates, taken in turns."""
+    loader = PackedLoader(dataset, batch_size=TOKENS // seq_len, seq_len=seq_len,
+                          prefetch=prefetch)
+    batch = next(iter(loader))
+    training_rate(step, batch, 1)
+    pairs = [(loader_rate(loader), training_rate(step, batch)) for _ in range(runs)]
+    ours, training = (statistics.median(side) for side in zip(*pairs))
+    return {"seq_len": seq_len, "prefetch": prefetch, "loader_tokens_per_s": round(ours),
+            "training_tokens_per_s": round(training), "ratio": round(ours / training)}
+
+
+def main(runs: int = 5) -> None:
+    texts = list(documents("shakespeare"))
+    tokenizer = BPETokenizer.train(texts, 8192)
+    step = training_step(tokenizer.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(texts, tokenizer, folder, progress=False)
+        dataset = ShardDataset(folder)
+        rows = [measure(dataset, T, p, step, runs) for T in (128, 256, 1024) for p in (0, 2)]
+    record("loader", rows, target="ratio >= 100", runs=runs, model="test preset, bf16, eager, "
+           f"vocabulary {tokenizer.vocab_size}", tokens_per_batch=TOKENS)
+
+
+if __name__ == "__main__":
+    main()
