@@ -49,7 +49,7 @@ def _check_text(text: str, name: str = "text") -> str:
         ) from None
     return text
 
-
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c026
 _SPLIT = pre_tokenizers.Split(Regex(PATTERN), "isolated")
 
 
@@ -59,7 +59,7 @@ def pre_tokenize(
     "Cut `text` into words, digit groups, punctuation and spaces with `PATTERN`."
     return [piece for piece, _ in _SPLIT.pre_tokenize_str(_check_text(text))]
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c033
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c034
 def _byte_alphabet() -> dict[int, str]:
     "GPT-2's printable character for each byte."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -73,7 +73,7 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 BYTE_ORDER = bytes(CHAR_TO_BYTE[c] for c in sorted(CHAR_TO_BYTE))
 BYTE_ID = {b: i for i, b in enumerate(BYTE_ORDER)}
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c041
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c042
 Pair = tuple[int, int]
 
 
@@ -91,7 +91,7 @@ def _merge_word(word: list[int], pair: Pair, new: int) -> Iterator[tuple[Pair, i
                 yield (new, word[i + 1]), 1
         i += 1
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c044
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c045
 def _split_words(text: str) -> tuple[list[list[int]], list[int]]:
     "Each distinct piece of `text` once, as byte ids; and how often each occurs."
     freq = Counter(pre_tokenize(text))
@@ -107,7 +107,7 @@ def _count_pairs(words: list[list[int]], freqs: list[int]) -> tuple[Counter, dic
             where[pair].add(i)
     return counts, where
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c047
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c048
 def _merge_everywhere(words, freqs, counts, where, pair: Pair, new: int) -> set[Pair]:
     "Merge `pair` in all words, update `counts` and `where`; return the new pairs."
     born = set()
@@ -119,7 +119,7 @@ def _merge_everywhere(words, freqs, counts, where, pair: Pair, new: int) -> set[
                 born.add(changed)
     return born
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c050
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c051
 def _pop_best(queue: list, counts: Counter) -> Pair | None:
     "The most frequent pair, of equals the smallest ids; entries out of date go back."
     while queue:
@@ -129,7 +129,7 @@ def _pop_best(queue: list, counts: Counter) -> Pair | None:
         heapq.heappush(queue, (-counts[pair], pair))
     return None
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c052
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c053
 def train_bpe(
     text: str,
     n_merges: int,
@@ -151,7 +151,7 @@ def train_bpe(
         tokens.append(b"".join(merges[-1]))
     return merges
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c057
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c058
 def _new_tokenizer() -> Tokenizer:
     "An untrained byte-level BPE in the Rust library, with our pre-tokenization."
     tokenizer = Tokenizer(models.BPE())
@@ -174,7 +174,7 @@ def _train_rust(texts: Iterable[str], vocab_size: int, specials: tuple) -> Token
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c063
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c066
 def merge_bytes(
     word: bytes,
     rank: dict[tuple[bytes, bytes], int],  # merge -> when it was learned
@@ -189,7 +189,7 @@ def merge_bytes(
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c066
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c069
 def encode_bpe(
     text: str,
     merges: list[tuple[bytes, bytes]],  # as `train_bpe` returns them
@@ -202,7 +202,7 @@ def encode_bpe(
     known = {p: [ids[t] for t in merge_bytes(p.encode(), rank)] for p in set(pieces)}
     return [i for piece in pieces for i in known[piece]]
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c071
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c074
 SPECIAL_TOKENS = (
     "<pad>", "<bos>", "<eos>",
     "<|im_start|>", "<|im_end|>",
@@ -210,7 +210,7 @@ SPECIAL_TOKENS = (
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 )
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c075
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c078
 def _check_specials(specials: tuple[str, ...]) -> None:
     "Refuse special tokens that we need and lack, or that plain text could forge."
     for needed in SPECIAL_TOKENS[:3]:
@@ -225,7 +225,7 @@ def _check_specials(specials: tuple[str, ...]) -> None:
                 f"write it as '<|{token.strip() or 'name'}|>'"
             )
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c080
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c083
 # \s and \S here are Python's: every \S of Python is one of PATTERN, and tab and space
 # are spaces in both
 _LAST_BORDER = re.compile(r"(?s).*(?:\S(?=[ \t])|[\r\n](?=\S))")
@@ -244,7 +244,7 @@ def _cut_safely(chunks: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
             enough = max(size, 2 * len(held))  # a giant word is not searched each time
     yield held
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c085
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c088
 def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     "Text of `pieces`, one string for each, holding back unfinished characters."
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -252,7 +252,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield decoder.decode(piece)
     yield decoder.decode(b"", final=True)
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c088
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c091
 def _parse(content: str, name: str) -> Tokenizer:
     "The Rust tokenizer that `content` describes; ValueError unless it is one of ours."
     try:
@@ -283,7 +283,7 @@ def _write(path: Path, content: str) -> None:
     part.write_bytes(content.encode())
     os.replace(part, path)
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c090
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c093
 def _hf_config(specials: list[str]) -> str:
     "tokenizer_config.json, for `transformers.AutoTokenizer`."
     names = ("pad_token", "bos_token", "eos_token")
@@ -298,7 +298,7 @@ def _hf_config(specials: list[str]) -> str:
     }
     return json.dumps(config, indent=2) + "\n"
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c092
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c095
 class BPETokenizer:
     "Byte-level BPE: any text to token ids and back. Make one with `train` or `load`."
 
