@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['INDEX_CLASSES', 'REMEDY', 'write_atomic', 'sync_folder', 'rng_state', 'set_rng_state', 'seed_everything',
-           'IndexUnpickler', 'SafeReader', 'TensorPlanner', 'plain_errors', 'write_tensors', 'flatten', 'read_tensors',
-           'check_shapes', 'sha256', 'write_manifest', 'verify_manifest', 'read_json', 'save_checkpoint', 'publish',
-           'remove_old', 'find_checkpoint', 'load_metadata', 'load_weights', 'load_checkpoint']
+           'IndexUnpickler', 'SafeReader', 'plain_errors', 'write_tensors', 'flatten', 'read_tensors', 'check_shapes',
+           'sha256', 'write_manifest', 'verify_manifest', 'read_json', 'save_checkpoint', 'publish', 'remove_old',
+           'find_checkpoint', 'load_metadata', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c003
 def write_atomic(path: Path | str, text: str) -> None:
@@ -119,12 +119,6 @@ class SafeReader(dcp.FileSystemReader):
         index.storage_meta.load_id = self.load_id
         return index
 
-class TensorPlanner(dcp.DefaultLoadPlanner):
-    "Loads tensors only: DCP would unpickle other values."
-
-    def load_bytes(self, read_item, value):
-        raise ValueError(f"entry {read_item.dest_index.fqn} is not a tensor")
-
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c007
 @contextmanager
 def plain_errors():
@@ -163,8 +157,7 @@ def read_tensors(path: Path, model: nn.Module, optimizer=None) -> None:
         state["optimizer"] = moments["state"]
     check_shapes(path, state, saved)
     with plain_errors():
-        reader = SafeReader(path)
-        dcp.load(state, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
+        dcp.load(state, storage_reader=SafeReader(path), no_dist=True)
     set_model_state_dict(model, state["model"])
     if moments:
         set_optimizer_state_dict(model, optimizer, moments)

@@ -238,8 +238,8 @@ class Stepper:
         if self.skips_in_a_row >= self.config.max_skips:
             raise ValueError(
                 f"loss or gradient not finite {self.skips_in_a_row} times in a row, "
-                f"last at step {step + 1}: lower lr={self.base_lrs[0]}, warm up for longer, "
-                "or train in float32")
+                f"last at step {step + 1}: lower lr={self.base_lrs[0]}, warm up for "
+                "longer, or train in float32")
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c011
 class Meter:
@@ -428,8 +428,7 @@ class Trainer(RunOnDisk):
             self.save()
             self.interrupted = stop.received
             if stop.received:
-                name = signal.Signals(stop.received).name
-                report.say(f"{name}: stopped after step {self.step}")
+                report.say(f"stopped by signal {stop.received} after step {self.step}")
         return self.meter.rows
 
     def due(self, every: int) -> bool:
