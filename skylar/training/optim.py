@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AdamW', 'decay_groups', 'AdamWConfig', 'cosine', 'wsd', 'ScheduleConfig', 'clip_grad_norm']
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c002
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c003
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c003
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c046
 class AdamW(torch.optim.Optimizer):
     "Adam with decoupled weight decay (Loshchilov & Hutter 2019), equal to PyTorch's AdamW."
 
@@ -56,7 +56,7 @@ class AdamW(torch.optim.Optimizer):
         scale = (square.sqrt() / math.sqrt(1 - b2**t)).add_(group["eps"])
         p.addcdiv_(mean, scale, value=-lr / (1 - b1**t))
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c004
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c049
 def decay_groups(
     model: nn.Module,  # its frozen parameters are left out
     weight_decay: float,  # for matrices and embeddings
@@ -68,13 +68,13 @@ def decay_groups(
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c005
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c054
 def _fused_runs(
     params: list[Tensor],  # all parameters of one optimizer
 ) -> bool:  # True where PyTorch has its one-kernel AdamW
     return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c006
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c055
 @dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
     "AdamW's settings; `build(model)` makes the optimizer."
@@ -104,7 +104,7 @@ class AdamWConfig:
             groups, lr=self.lr, betas=tuple(self.betas), eps=self.eps, fused=fused
         )
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c007
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c061
 def _warmup(step: int, warmup_steps: int) -> float:
     "Climb in equal strides: 1/(w+1) at step 0, w/(w+1) at step w-1, then 1 for good."
     return min(1.0, (step + 1) / (warmup_steps + 1))
@@ -114,7 +114,7 @@ def _progress(step: int, start: int, end: int) -> float:
     "0 up to `start`, 1 from `end` on, a straight line between."
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c008
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c064
 def cosine(
     step: int,  # 0 is the first step
     total_steps: int,  # length of the run
@@ -126,7 +126,7 @@ def cosine(
     fall = min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * x)) / 2
     return _warmup(step, warmup_steps) * fall
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c009
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c066
 def wsd(
     step: int,  # 0 is the first step
     total_steps: int,  # length of the run
@@ -141,7 +141,7 @@ def wsd(
     fall = min_ratio + (1 - min_ratio) * (1 - math.sqrt(x))
     return _warmup(step, warmup_steps) * fall
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c010
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c072
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     "How the learning rate moves over a run; `multiplier(step, total_steps)` says where it is."
@@ -177,7 +177,7 @@ class ScheduleConfig:
             return cosine(step, total_steps, warmup, **floor)
         return wsd(step, total_steps, warmup, self.decay_fraction, **floor)
 
-# %% ../../nbs/00_transformer/07_optimisation.ipynb #c011
+# %% ../../nbs/00_transformer/07_optimisation.ipynb #c079
 @torch.no_grad()
 def clip_grad_norm(
     parameters,  # iterable of parameters; those without a gradient are skipped
