@@ -36,7 +36,7 @@ PATTERN = (
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c025
 def _check_text(text: str, name: str = "text") -> str:
-    "`text` itself if UTF-8 can hold it; otherwise a ValueError that says where it cannot."
+    "`text` itself if UTF-8 can hold it; else a ValueError that says where it cannot."
     if not isinstance(text, str):
         raise ValueError(f"{name} must be a str, got {type(text).__name__}")
     try:
@@ -64,7 +64,8 @@ def _byte_alphabet() -> dict[int, str]:
     "GPT-2's printable character for each byte."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    moved = {b: chr(256 + i) for i, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | moved
 
 
 BYTE_TO_CHAR = _byte_alphabet()
@@ -135,7 +136,7 @@ def train_bpe(
     n_merges: int,
     min_count: int = 2,  # a pair seen less often saves nothing
 ) -> list[tuple[bytes, bytes]]:  # the merges, in the order they were learned
-    "Learn byte-pair merges from `text` (Sennrich et al. 2016), updating counts as it goes."
+    "Learn byte-pair merges from `text` (Sennrich et al. 2016), keeping counts current."
     words, freqs = _split_words(text)
     counts, where = _count_pairs(words, freqs)
     queue = [(-count, pair) for pair, count in counts.items()]
@@ -215,13 +216,13 @@ def _check_specials(specials: tuple[str, ...]) -> None:
     "Refuse special tokens that we need and lack, or that plain text could forge."
     for needed in SPECIAL_TOKENS[:3]:
         if needed not in specials:
-            raise ValueError(f"special_tokens lacks {needed!r}; start from SPECIAL_TOKENS")
+            raise ValueError(f"special_tokens lacks {needed!r}; add to SPECIAL_TOKENS")
     if len(set(specials)) < len(specials):
         raise ValueError(f"special_tokens has a token twice: {list(specials)}")
     for token in specials:
         if len(pre_tokenize(token)) < 2:
             raise ValueError(
-                f"special token {token!r} could also be learned as a piece of plain text; "
+                f"special token {token!r} could also be learned as plain text; "
                 f"write it as '<|{token.strip() or 'name'}|>'"
             )
 
@@ -260,13 +261,14 @@ def _parse(content: str, name: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(content)
     except Exception as e:  # the Rust side raises bare Exception
         raise ValueError(f"{name} is no readable tokenizer.json: {e}") from None
+    foreign = f"{name} was not made by BPETokenizer.save"
     ours = json.loads(_new_tokenizer().to_str())
     for key in ("normalizer", "pre_tokenizer", "decoder"):
         if found.get(key) != ours[key]:
-            raise ValueError(f"{name} was not made by BPETokenizer.save: its {key} differs")
+            raise ValueError(f"{foreign}: its {key} differs")
     for token in (*SPECIAL_TOKENS[:3], *CHAR_TO_BYTE):
         if tokenizer.token_to_id(token) is None:
-            raise ValueError(f"{name} was not made by BPETokenizer.save: it lacks {token!r}")
+            raise ValueError(f"{foreign}: it lacks {token!r}")
     return tokenizer
 
 
@@ -341,8 +343,8 @@ class BPETokenizer:
         rust = _train_rust(_check_texts(texts), vocab_size, specials)
         if (size := rust.get_vocab_size()) < vocab_size:
             warnings.warn(
-                f"the texts hold only {size - least} merges seen at least twice, so the "
-                f"vocabulary is {size}, not {vocab_size}; give more text or ask for less",
+                f"the texts hold only {size - least} merges seen at least twice: the "
+                f"vocabulary is {size}, not {vocab_size}; give more text or ask less",
                 stacklevel=2,
             )
         return cls(rust.to_str(pretty=True))
@@ -364,7 +366,7 @@ class BPETokenizer:
         self,
         chunks: Iterable[str],  # one text in pieces, cut anywhere
     ) -> Iterator[int]:
-        '`encode("".join(chunks))`, id by id, in memory that does not grow with the text.'
+        '`encode("".join(chunks))`, id by id, in memory that does not grow with them.'
         for part in _cut_safely(_check_texts(chunks, "chunk")):
             yield from self.encode(part)
 
@@ -373,7 +375,7 @@ class BPETokenizer:
         ids: Iterable[int],  # a list, an array, a tensor
         skip_special: bool = False,  # leave special tokens out
     ) -> str:
-        "Text of `ids`. Bytes that are no UTF-8 become U+FFFD; unknown ids a ValueError."
+        "Text of `ids`. Bytes that are no UTF-8 become U+FFFD; ValueError: unknown id."
         return "".join(self.decode_iterable(ids, skip_special))
 
     def decode_iterable(
@@ -396,11 +398,13 @@ class BPETokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         "The bytes of every token, by id."
-        names = [self._rust.id_to_token(i) for i in range(self.vocab_size)]
-        return [
-            name.encode() if i in self.special_ids else bytes(CHAR_TO_BYTE[c] for c in name)
-            for i, name in enumerate(names)
-        ]
+        def spell(i: int) -> bytes:
+            name = self._rust.id_to_token(i)
+            if i in self.special_ids:
+                return name.encode()
+            return bytes(CHAR_TO_BYTE[c] for c in name)
+
+        return [spell(i) for i in range(self.vocab_size)]
 
     @property
     def fingerprint(self) -> str:
