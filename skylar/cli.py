@@ -44,7 +44,7 @@ def show(rows: list[dict], as_json: bool) -> None:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(in_words, row.values()))
-    Console(soft_wrap=True).print(table)
+    Console(width=max(Console().width, 100)).print(table)
 
 
 def in_words(value: Any) -> str:
@@ -72,7 +72,7 @@ def data_fetch(
 
 
 def data_tokenize(
-    source: str,  # a named corpus, or your .txt .md .jsonl .parquet: file, folder or URL
+    source: str,  # a named corpus, or a file, folder or URL of yours (.txt .jsonl ...)
     /,
     **settings,  # of `skylar.training.run.prepare_data`
 ) -> None:
@@ -93,8 +93,8 @@ def data_verify(
     data: str,  # folder made by `skylar data tokenize`
     /,
 ) -> int:
-    """Check every byte of a data folder against its checksums. If anything changed: exit
-    code 1, the damaged shard and where in it.
+    """Check every byte of a data folder against its checksums. If anything changed:
+    exit code 1, the damaged shard and where in it.
 
     Example:
       skylar data verify data/plays
@@ -168,8 +168,8 @@ def preset_row(name: str) -> dict:
 
 # %% ../nbs/cli.ipynb #c048
 DEFAULTS = {"loader.batch_size": 16, "loader.seq_len": 256}
-LEGEND = ("D width, H heads, Dh head width, L layers, F feed-forward width, V vocabulary; "
-          "what is left out is as in the preset")
+LEGEND = ("D width, H heads, Dh head width, L layers, F feed-forward width, V "
+          "vocabulary; what is left out is as in the preset")
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -189,7 +189,8 @@ def add_training_flags(parser: Parser) -> None:
     loader = group("loader", "which tokens make a batch: B windows of T tokens")
     others = ("dataset", "rank", "world_size")
     add_flags(loader, PackedLoader, "loader.", skip=others)
-    add_flags(group("train", "how long, how precise, what is kept"), TrainConfig, "train.")
+    train = group("train", "how long, how precise, what is kept")
+    add_flags(train, TrainConfig, "train.")
     add_flags(group("optimizer", "AdamW"), AdamWConfig, "optimizer.")
     schedule = group("schedule", "the learning rate over the run")
     add_flags(schedule, ScheduleConfig, "schedule.")
@@ -210,8 +211,8 @@ def pretrain(
     optimizer: dict,
     schedule: dict,
 ) -> int:
-    """Train a language model from scratch. Ctrl-C saves a checkpoint and stops; the same
-    command with --resume goes on exactly where it was.
+    """Train a language model from scratch. Ctrl-C saves a checkpoint and stops; the
+    same command with --resume goes on exactly where it was.
 
     Examples:
       skylar pretrain --data data/plays --out runs/first
@@ -341,7 +342,7 @@ DEMO = {
     "model": {"max_seq_len": 256},
     "loader": {"batch_size": 8, "seq_len": 256},
     "train": {"steps": 2000, "eval_every": 250, "save_every": 500},
-    "optimizer": {"lr": 4e-3},
+    "optimizer": {"lr": 6e-3},
 }
 
 
@@ -413,7 +414,7 @@ def command_parser(name: str) -> Parser:
     parser = Parser(prog=f"skylar {name}", usage=f"skylar {name} [--flag value ...]",
                     description=inspect.getdoc(function))
     if function is not demo:  # it has no paths to configure
-        parser.add_argument("--config", action="config", help="YAML file of these flags")
+        parser.add_argument("--config", action="config", help="YAML file of flags")
     add_flags(parser, function)
     if function is data_tokenize:
         from skylar.training.run import prepare_data
@@ -451,7 +452,7 @@ def overview() -> str:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    "The command that the first words name, and the rest. `UsageError` if there is none."
+    "The command that the first words name, and the other words."
     for n in (2, 1):
         if (name := " ".join(words[:n])) in COMMANDS:
             return name, words[n:]
@@ -459,7 +460,8 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
     near = group or difflib.get_close_matches(typed, COMMANDS, n=1)
     near = near or difflib.get_close_matches(words[0], COMMANDS, n=1)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `skylar --help`"
+    names = " or ".join(map(repr, near))
+    hint = f"did you mean {names}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
 
 # %% ../nbs/cli.ipynb #c059

@@ -13,7 +13,7 @@ import errno
 import inspect
 import re
 import types
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import jsonargparse
 
@@ -38,7 +38,7 @@ def add_flags(
     skip: tuple[str, ...] = (),  # parameters that are not the user's to choose
     optional: bool = False,  # each may be left out, and is None then
 ) -> None:
-    "One flag for each parameter of `target`. Those of type `dict` are groups: not flags."
+    "One flag for each parameter of `target` but those of type `dict`: they are groups."
     helps = comments(target)
     for p in inspect.signature(target, eval_str=True).parameters.values():
         if p.name in skip or p.kind is p.VAR_KEYWORD or p.annotation is dict:
@@ -59,18 +59,24 @@ def add_flag(parser, p: inspect.Parameter, prefix: str, kind, text: str) -> None
         optional = kind != p.annotation
         needed = p.default is p.empty and not optional
         default = None if needed or optional else p.default
-        parser.add_argument(
-            name, type=kind, required=needed, default=default, help=text, **shown_as(kind))
+        options = {"type": kind, "required": needed, "default": default, "help": text}
+        parser.add_argument(name, **options, **shown_as(kind))
 
 
 def shown_as(kind: Any) -> dict[str, str]:
-    "How help names a value of this type: `--lr float`; types with choices show those."
-    kinds = [kind, *get_args(kind)] if isinstance(kind, types.UnionType) else [kind]
-    plain = [k for k in kinds if k in (int, float, str)]
-    return {"metavar": plain[0].__name__} if plain else {}
+    "How help names a value of this type: `--lr float`. Types with choices show those."
+    if isinstance(kind, types.UnionType):
+        kind = get_args(kind)[0]  # float | None
+    if kind is bool:
+        return {"metavar": "true|false"}
+    if get_origin(kind) in (list, tuple):
+        return {"metavar": f"[{','.join(k.__name__ for k in get_args(kind))}]"}
+    return {"metavar": kind.__name__} if kind in (int, float, str) else {}
 
 # %% ../nbs/flags.ipynb #c017
-class HelpFormatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(
+    jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
     "Flag and type on the left, explanation and default on the right."
 
     def __init__(self, prog: str, **options):
@@ -88,6 +94,19 @@ class UsageError(ValueError):
     "A command line that cannot be understood; the message is one line for the user."
 
 
+_UNKNOWN = (
+    r"unrecognized arguments: --?([^\s=]+)",
+    r"Option '(.+)' is not",
+    r"Group '(.+)' does not accept option '(.+)'",
+)
+_SHORTER = (
+    (r"unrecognized arguments: ", "not understood: "),
+    (r'Problems parsing config: (.*?) in "<.*?>", (line \d+).*', r"--config: \1, \2"),
+    (r"Unexpected config:.*", "--config: give lines of `name: value`"),
+    (r'Parser key "config": ', "--config: "),
+)
+
+
 class Parser(jsonargparse.ArgumentParser):
     "jsonargparse whose complaint is one line, with the nearest flag there is."
 
@@ -100,13 +119,20 @@ class Parser(jsonargparse.ArgumentParser):
 
     def explain(self, message: str) -> str:
         "jsonargparse's message, shorter and with a remedy."
-        unknown = (r"unrecognized arguments: --?([^\s=]+)", r"Option '(.+)' is not",
-                   r"Group '(.+)' does not accept option '(.+)'")
-        for pattern in unknown:
+        for pattern in _UNKNOWN:
             if found := re.match(pattern, message):
                 return self.nearest(".".join(found.groups()))
-        message = re.sub(r"<class '(\w+)'>", r"\1", message).replace("Parser key ", "")
+        for pattern, shorter in _SHORTER:
+            message = re.sub(pattern, shorter, message)
+        if found := re.match(r'Parser key "([^"]+)":.* value: (.*)$', message):
+            return self.expected(*found.groups())
         return f"{message}; see `{self.prog} --help`"
+
+    def expected(self, name: str, value: str) -> str:
+        "What a flag takes instead of the value that it was given."
+        action = next((a for a in self._actions if a.dest == name), None)
+        kind = getattr(action, "metavar", None) or "another kind of value"
+        return f"--{name} got {value!r}, expected {kind}; see `{self.prog} --help`"
 
     def nearest(self, name: str) -> str:
         "What was probably meant by an unknown flag."

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['split', 'prepare_data', 'check_recipe', 'check_empty', 'corpus_tokenizer', 'data_parts', 'open_data',
-           'bytes_per_token', 'check_device', 'check_context', 'check_vocabulary', 'check_out', 'check_same', 'stored',
-           'Run', 'built', 'prepare_run', 'steps_in_time', 'write_run', 'fit', 'is_finished', 'load_run']
+           'bytes_per_token', 'check_device', 'check_context', 'check_space', 'check_vocabulary', 'check_out',
+           'check_same', 'stored', 'Run', 'built', 'prepare_run', 'steps_in_time', 'write_run', 'fit', 'is_finished',
+           'load_run']
 
 # %% ../../nbs/runs.ipynb #c002
 import json
+import shutil
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +21,7 @@ import yaml
 from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shards
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
-from ..models.decoder import CausalLM, DecoderConfig
+from ..models.decoder import CausalLM, DecoderConfig, count_parameters
 from ..models.presets import from_args, resolve
 from .loss import next_token_loss
 from .optim import AdamWConfig, ScheduleConfig
@@ -88,8 +90,9 @@ def check_recipe(folder: Path, recipe: dict) -> None:
     made = json.loads(note.read_text())
     for key, value in recipe.items():
         if made.get(key) != value:
-            raise ValueError(f"{folder} was made with {key} {made.get(key)}, not {value}; "
-                             "choose another folder, or delete that one")
+            raise ValueError(
+                f"{folder} was made with {key} {made.get(key)}, not {value}; choose "
+                "another folder, or delete that one")
 
 
 def check_empty(folder: Path) -> None:
@@ -119,7 +122,8 @@ def data_parts(folder: str | Path) -> list[Path]:
     parts = [Path(folder) / part for part in ("train", "val")]
     for part in parts:
         if not part.is_dir():
-            raise FileNotFoundError(f"no data in {part}; make it with `skylar data tokenize`")
+            raise FileNotFoundError(
+                f"no data in {part}; make it with `skylar data tokenize`")
     return parts
 
 
@@ -152,8 +156,18 @@ def check_context(seq_len: int, max_seq_len: int) -> None:
     "Refuse windows longer than the model's context."
     if not 1 <= seq_len <= max_seq_len:
         raise ValueError(
-            f"loader.seq_len={seq_len} does not fit the model's context (model.max_seq_len="
-            f"{max_seq_len}); give 1 to {max_seq_len}, or raise model.max_seq_len")
+            f"loader.seq_len={seq_len} does not fit the model's context; give 1 to "
+            f"{max_seq_len}, or a larger model.max_seq_len")
+
+
+def check_space(out: Path, n_parameters: int, keep: int) -> None:
+    "Refuse a disk that cannot hold the checkpoints: weights and AdamW's two moments."
+    need = 12 * n_parameters * (keep + 1)  # a new one is written before an old one goes
+    there = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    if (free := shutil.disk_usage(there).free) < need:
+        raise ValueError(
+            f"{out} has {free / 1e6:,.0f} MB free, its checkpoints need "
+            f"{need / 1e6:,.0f} MB; free some space, or choose another --out")
 
 
 def check_vocabulary(model: int, tokenizer: int, folder: str) -> None:
@@ -169,7 +183,7 @@ def check_out(settings: dict) -> None:
     note = out / "config.yaml"
     if not note.exists():
         if settings["resume"]:
-            raise ValueError(f"no run in {out} to resume; leave resume out, or mend the path")
+            raise ValueError(f"no run in {out}; leave --resume out, or mend --out")
         check_empty(out)
     elif not settings["resume"]:
         raise ValueError(f"{out} already holds a run; go on with --resume, "
@@ -185,12 +199,13 @@ def check_same(old: dict, new: dict, note: Path, prefix: str = "") -> None:
         if isinstance(was, dict) and isinstance(now, dict):
             check_same(was, now, note, f"{key}.")
         elif was != now:
-            raise ValueError(f"{prefix}{key} is {was} in {note}, but {now} now; use the "
-                             f"settings of that run (--config {note}), or another --out")
+            raise ValueError(
+                f"{prefix}{key} is {was} in {note}, but {now} now; use the settings of "
+                f"that run (--config {note}), or another --out")
 
 
 def stored(settings: dict) -> dict:
-    "The settings as config.yaml keeps them: plain values, and not how the run was started."
+    "The settings as config.yaml keeps them: plain values, without `resume`."
     plain = json.loads(json.dumps(settings))
     del plain["resume"]
     return plain
@@ -226,7 +241,8 @@ class Run:
         return replace(self, train=replace(self.train, steps=steps))
 
     def loader(self, part: str, **changes) -> PackedLoader:
-        return PackedLoader(self.datasets[part], **{**self.settings["loader"], **changes})
+        settings = {**self.settings["loader"], **changes}
+        return PackedLoader(self.datasets[part], **settings)
 
     def trainer(self, train: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
@@ -247,7 +263,8 @@ def built(config_class, name: str, values: dict):
 def prepare_run(
     settings: dict,  # the keyword arguments of `skylar.cli.pretrain`
 ) -> Run:
-    "Check everything, cheapest first; make the data if it is missing and a corpus is named."
+    """Check everything, cheapest first. Data that is missing is made, if a corpus is
+    named. Raises `ValueError` or `OSError`, before anything is trained or written."""
     train = built(TrainConfig, "train", settings["train"])
     optimizer = built(AdamWConfig, "optimizer", settings["optimizer"])
     schedule = built(ScheduleConfig, "schedule", settings["schedule"])
@@ -261,9 +278,11 @@ def prepare_run(
         prepare_data(corpus.pop("source", None), out=settings["data"], **corpus)
     tokenizer, datasets = open_data(settings["data"])
     model = resolve(preset, **{"vocab_size": tokenizer.vocab_size, **changes})
-    check_vocabulary(model["args"]["vocab_size"], tokenizer.vocab_size, settings["data"])
+    vocabulary = model["args"]["vocab_size"]
+    check_vocabulary(vocabulary, tokenizer.vocab_size, settings["data"])
     run = Run(settings=settings, tokenizer=tokenizer, datasets=datasets, model=model,
               train=train, optimizer=optimizer, schedule=schedule)
+    check_space(run.out, count_parameters(run.config), max(train.keep, 1))
     run.loader("train"), run.loader("val")  # refuse data shorter than one window
     return run
 
@@ -277,7 +296,7 @@ def steps_in_time(run: Run) -> int:
     trial = replace(run.train, steps=8, log_every=4, save_every=0)
     speed = run.trainer(trial, quiet=True).fit()[-1]["tokens_per_s"]
     fits = int(minutes * 60 * speed / run.tokens_per_step)
-    print(f"{speed:,.0f} tokens/s: {fits:,} steps fit into {minutes:g} minutes", flush=True)
+    print(f"{speed:,.0f} tokens/s: {minutes:g} minutes are {fits:,} steps", flush=True)
     return max(1, min(fits, run.train.steps))
 
 
@@ -291,14 +310,16 @@ def write_run(run: Run) -> None:
 def fit(
     run: Run,
 ) -> tuple[list[dict], bool]:  # rows of metrics; was it stopped before its end?
-    "Train `run` to its last step, or to the first Ctrl-C, which saves a checkpoint too."
+    "Train `run` to its last step or to the first Ctrl-C; both save a checkpoint."
     density = bytes_per_token(run.datasets["val"])
     metadata = {
         "model": run.model, "tokenizer": run.tokenizer.fingerprint,
         "data": run.settings["data"], "loader": run.settings["loader"],
         "bytes_per_token": density, "steps": run.train.steps}
+    eval_loader = run.loader("val", shuffle=False)
+    once = min(run.train.eval_batches, len(eval_loader))  # nothing is counted twice
     trainer = run.trainer(
-        run.train, out_dir=run.out, eval_loader=run.loader("val", shuffle=False),
+        replace(run.train, eval_batches=once), out_dir=run.out, eval_loader=eval_loader,
         bytes_per_token=density, metadata=metadata)
     if not run.settings["resume"]:
         write_run(run)
@@ -321,8 +342,9 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
     metadata = load_metadata(folder)
     tokenizer = BPETokenizer.load(Path(folder) / "tokenizer")
     if tokenizer.fingerprint != metadata["tokenizer"]:
-        raise ValueError(f"{folder}/tokenizer is not the one that this model was trained "
-                         "with; put the original back")
+        raise ValueError(
+            f"{folder}/tokenizer is not the one that this model was trained with; put "
+            "the original back")
     model = CausalLM(from_args(metadata["model"]))
     load_weights(folder, model)
     return model.eval(), tokenizer, metadata

@@ -1,0 +1,507 @@
+"""The command line from outside: what it writes, what it prints, and its answer to every mistake."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from skylar import cli
+from skylar.cli import COMMANDS, main
+from skylar.training.trainer import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SKYLAR = [sys.executable, "-m", "skylar"]
+SMALL = """--model.d_model 16 --model.d_head 4 --model.d_ff 32 --model.n_layers 1
+    --loader.batch_size 2 --loader.seq_len 32 --train.log_every 2 --train.eval_batches 2
+    --train.device cpu --train.dtype float32 --optimizer.lr 1e-2 --preset test""".split()
+
+
+def write_texts(folder: Path, n: int = 24) -> Path:
+    folder.mkdir()
+    words = "the king said that a summer day is long and love is short".split()
+    for i in range(n):
+        text = " ".join(words[(i * j) % len(words)] for j in range(120))
+        (folder / f"{i:02}.txt").write_text(text + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A data folder and a finished run, made by the commands themselves."""
+    home = tmp_path_factory.mktemp("home")
+    write_texts(home / "texts")
+    data, run = str(home / "data"), str(home / "run")
+    assert main(["data", "tokenize", str(home / "texts"), "--out", data,
+                 "--vocab_size", "300"]) == 0
+    assert main(["pretrain", "--data", data, "--out", run, "--train.steps", "6", *SMALL]) == 0
+    return home
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test starts in a new empty folder, so that it can tell what was written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SKYLAR_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def written() -> list[str]:
+    return sorted(str(p.relative_to(Path.cwd())) for p in Path.cwd().rglob("*"))
+
+
+def one_line(capsys, words) -> str:
+    """Exit code 2, one line on stderr that says so, nothing on stdout: the line."""
+    capsys.readouterr()
+    assert main([str(w) for w in words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("skylar: error: ") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def pretrain(home, *more) -> list[str]:
+    return ["pretrain", "--data", str(home / "data"), "--out", "new", *SMALL, *more]
+
+
+# --- what the commands do ---
+
+
+def test_data_folder(home):
+    parts = {p.name for p in (home / "data").iterdir()}
+    assert parts == {"corpus.json", "tokenizer", "train", "val"}
+    assert (home / "data" / "val" / "manifest.json").exists()
+
+
+def test_run_folder(home):
+    run = home / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "metrics.jsonl", "config.yaml", "tokenizer", "checkpoints"}
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-000006"
+    metadata = json.loads((run / "checkpoints" / "step-000006" / "metadata.json").read_text())
+    assert metadata["model"]["args"]["vocab_size"] == 300  # the tokenizer's, not the preset's
+    assert metadata["data"] == str(home / "data")
+
+
+def test_the_same_tokenize_again_does_nothing(home, capsys):
+    before = {p: p.stat().st_mtime_ns for p in (home / "data").rglob("*") if p.is_file()}
+    assert main(["data", "tokenize", str(home / "texts"), "--out", str(home / "data"),
+                 "--vocab_size", "300"]) == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_tokenizer_train_then_tokenize_with_it(home):
+    texts = str(home / "texts")
+    assert main(["tokenizer", "train", texts, "--out", "bpe", "--vocab_size", "290"]) == 0
+    assert main(["data", "tokenize", texts, "--out", "data", "--tokenizer", "bpe"]) == 0
+    ours, theirs = Path("data/tokenizer/tokenizer.json"), Path("bpe/tokenizer.json")
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_verify_names_the_damaged_shard(home, capsys):
+    assert main(["data", "verify", str(home / "data")]) == 0
+    shutil.copytree(home / "data", "data")
+    shard = Path("data/train/shard-00000.bin")
+    damaged = bytearray(shard.read_bytes())
+    damaged[100] ^= 1
+    shard.write_bytes(damaged)
+    capsys.readouterr()
+    assert main(["data", "verify", "data"]) == 1
+    err = capsys.readouterr().err
+    assert "data/train" in err and "shard-00000.bin" in err and err.count("\n") == 1
+
+
+def test_presets_are_counted(capsys):
+    assert main(["presets", "--json"]) == 0
+    rows = {row["preset"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["test"]["parameters"] == 6_297_344
+    assert main(["presets"]) == 0
+    assert "6,297,344" in capsys.readouterr().out
+
+
+def test_generate_is_reproducible(home, capsys):
+    words = ["generate", "--model", str(home / "run"), "--prompt", "the", "--max_new_tokens", "12"]
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main([*words, "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("the") for text in texts)
+
+
+def test_eval_as_json_and_table(home, capsys):
+    assert main(["eval", "--model", str(home / "run"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert 0 < row["val_loss"] < 7
+    assert row["val_perplexity"] == pytest.approx(2.718281828**row["val_loss"], rel=1e-6)
+    assert main(["eval", "--model", str(home / "run")]) == 0
+    assert f"{row['val_loss']:.4g}" in capsys.readouterr().out
+
+
+def test_minutes_lowers_the_number_of_steps(home, capsys):
+    assert main(pretrain(home, "--minutes", "0.01", "--train.steps", "1000000",
+                         "--train.save_every", "0")) == 0
+    assert 1 <= read_metrics(Path("new/metrics.jsonl"))[-1]["step"] < 1_000_000
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(home, kind):
+    words = ["--data", str(home / "data"), *SMALL, "--train.steps", "60",
+             "--train.log_every", "1", "--train.save_every", "0", "--train.eval_every", "0",
+             "--model.dropout", "0.1"]
+    assert main(["pretrain", "--out", "whole", *words]) == 0
+    child = subprocess.Popen(
+        [*SKYLAR, "pretrain", "--out", "halves", *words, "--train.log_every", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ,
+                                                                      "OMP_NUM_THREADS": "1"})
+    metrics, deadline = Path("halves/metrics.jsonl"), time.time() + 120
+    while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
+        time.sleep(0.01)
+    child.send_signal(kind)
+    out, err = child.communicate(timeout=120)
+    if child.returncode == 0:
+        pytest.skip("the run was over before the signal came")
+    assert child.returncode == 130, err
+    assert "Traceback" not in err and "--resume" in err
+    assert 0 < read_metrics(metrics)[-1]["step"] < 60
+    assert main(["pretrain", "--out", "halves", *words, "--resume"]) == 0
+    whole, halves = read_metrics(Path("whole/metrics.jsonl")), read_metrics(metrics)
+    assert [row["step"] for row in whole] == [row["step"] for row in halves]
+    for a, b in zip(whole, halves):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-6)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches(name, capsys):
+    assert main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"skylar {name}" in text and "Example" in text
+    lines = [line for line in text.splitlines() if line.startswith("  --")]
+    explained = [line for line in lines if len(line.split("  ")) > 2 or len(line) < 80]
+    assert lines == explained
+
+
+def test_every_flag_is_explained():
+    for name in COMMANDS:
+        for action in cli.command_parser(name)._actions:
+            assert action.help, f"{name} {action.dest}"
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, skylar.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_print_config_round_trip(home, capsys):
+    more = ["--train.steps", "7", "--optimizer.betas", "[0.8,0.9]", "--minutes", "1.5"]
+    assert main(pretrain(home, *more, "--print_config")) == 0
+    first = capsys.readouterr().out
+    Path("x.yaml").write_text(first)
+    assert main(["pretrain", "--config", "x.yaml", "--print_config"]) == 0
+    assert capsys.readouterr().out == first
+    assert yaml.safe_load(first)["optimizer"]["betas"] == [0.8, 0.9]
+
+
+def test_a_flag_after_config_wins(home, capsys):
+    Path("x.yaml").write_text("train:\n  steps: 5\n")
+    assert main(pretrain(home, "--config", "x.yaml", "--train.steps", "9", "--print_config")) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 9
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configs_are_complete(path, capsys):
+    """Each names its data and where to get it, so it runs as it stands."""
+    assert main(["pretrain", "--config", str(path), "--print_config"]) == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert settings["corpus"]["source"] == "shakespeare"
+    assert settings["loader"]["seq_len"] <= settings["model"]["max_seq_len"]
+
+
+def test_demo_and_its_config_are_the_same():
+    wanted = {"data": "demo/data", "out": "demo/run", **cli.DEMO}
+    assert yaml.safe_load((ROOT / "configs" / "shakespeare.yaml").read_text()) == wanted
+
+
+# --- mistakes ---
+
+WRONG = {  # name -> (what is typed after a good `pretrain`, what the answer must name)
+    "unknown key": (["--trian.steps", "3"], "did you mean --train.steps"),
+    "unknown nested key": (["--train.stepps", "3"], "did you mean --train.steps"),
+    "wrong type": (["--train.steps", "many"], "'many'"),
+    "wrong type in a union": (["--minutes", "soon"], "'soon', expected float"),
+    "wrong choice": (["--schedule.kind", "cosin"], "'cosin'"),
+    "impossible value": (["--train.steps", "0"], "train.steps=0"),
+    "impossible lr": (["--optimizer.lr", "-1"], "optimizer.lr=-1.0"),
+    "impossible shape": (["--model.n_heads", "3", "--model.d_head", "null"], "n_heads=3"),
+    "warm-up too long": (["--schedule.warmup_steps", "5000"], "5000"),
+    "context too long": (["--loader.seq_len", "9999"], "loader.seq_len=9999"),
+    "vocabulary mismatch": (["--model.vocab_size", "777"], "777"),
+    "unknown preset": (["--preset", "tset"], "did you mean test"),
+    "unknown device": (["--train.device", "abacus"], "abacus"),
+    "missing data": (["--data", "nowhere"], "nowhere"),
+    "resume nothing": (["--resume"], "no run in new"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "windows longer than the data": (
+        ["--model.max_seq_len", "100000", "--loader.seq_len", "90000"], "90000"),
+    "stray word": (["fast"], "fast"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings(home, capsys, name):
+    words, answer = WRONG[name]
+    assert answer in one_line(capsys, pretrain(home, *words))
+    assert written() == []
+
+
+BAD_YAML = {
+    "not YAML": ("a: [1", "line"),
+    "unknown key": ("modle:\n  dropout: 0.1\n", "did you mean --model.dropout"),
+    "a list": ("- 1\n", "name: value"),
+    "wrong type": ("train:\n  steps: soon\n", "soon"),
+    "empty": ("", "name: value"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_bad_yaml(home, capsys, name):
+    text, answer = BAD_YAML[name]
+    Path("x.yaml").write_text(text)
+    assert answer in one_line(capsys, pretrain(home, "--config", "x.yaml"))
+    assert written() == ["x.yaml"]
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["pretrian"], "did you mean 'pretrain'"),
+    (["data"], "'data fetch'"),
+    (["data", "tokenise"], "'data tokenize'"),
+    (["brew", "coffee"], "skylar --help"),
+    (["data", "fetch", "shakespear"], "shakespeare"),
+    (["data", "tokenize", "nowhere", "--out", "x"], "nowhere"),
+    (["data", "tokenize", "nowhere"], "out"),
+    (["data", "verify", "nowhere"], "nowhere"),
+    (["tokenizer", "train", "nowhere", "--out", "x"], "nowhere"),
+    (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere"),
+    (["eval", "--model", "nowhere"], "nowhere"),
+])
+def test_wrong_commands(capsys, words, answer):
+    assert answer in one_line(capsys, words)
+    assert written() == []
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--val_fraction", "0.9"], "val_fraction=0.9"),
+    (["--shard_mb", "0"], "shard_mb=0"),
+    (["--vocab_size", "12"], "12"),
+    (["--tokenizer", "nowhere"], "nowhere"),
+])
+def test_wrong_tokenize(home, capsys, words, answer):
+    start = ["data", "tokenize", str(home / "texts"), "--out", "x"]
+    main([*start, *words])
+    assert answer in capsys.readouterr().err
+    assert written() == []
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--temperature", "-1"], "temperature=-1"),
+    (["--top_p", "0"], "top_p=0"),
+    (["--prompt", ""], "empty prompt"),
+    (["--top_k", "few"], "'few'"),
+])
+def test_wrong_sampling(home, capsys, words, answer):
+    good = ["generate", "--model", str(home / "run"), "--prompt", "a"]
+    assert answer in one_line(capsys, [*good, *words])
+
+
+def test_other_settings_for_a_data_folder(home, capsys):
+    words = ["data", "tokenize", home / "texts", "--out", home / "data", "--vocab_size", "280"]
+    assert "vocab_size 300, not 280" in one_line(capsys, words)
+
+
+def test_out_holds_another_run(home, capsys):
+    words = pretrain(home, "--out", str(home / "run"))
+    assert "already holds a run" in one_line(capsys, words)
+    assert "train.steps is 6" in one_line(capsys, [*words, "--resume", "--train.steps", "8"])
+
+
+def test_out_holds_something_else(home, capsys):
+    Path("new").mkdir()
+    Path("new/thesis.txt").write_text("dear reader")
+    assert "not empty" in one_line(capsys, pretrain(home))
+    assert written() == ["new", "new/thesis.txt"]
+
+
+def test_out_is_a_file(home, capsys):
+    Path("new").write_text("dear reader")
+    assert "new" in one_line(capsys, pretrain(home))
+    assert Path("new").read_text() == "dear reader"
+
+
+def test_out_is_below_a_file(home, capsys):
+    Path("thesis").write_text("dear reader")
+    assert "thesis" in one_line(capsys, pretrain(home, "--out", "thesis/run"))
+    assert written() == ["thesis"]
+
+
+def test_corrupt_shard(home, capsys):
+    shutil.copytree(home / "data", "data")
+    shard = Path("data/train/shard-00000.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert "shard-00000.bin" in one_line(capsys, pretrain(home, "--data", "data"))
+    assert not Path("new").exists()
+
+
+def test_corrupt_manifest(home, capsys):
+    shutil.copytree(home / "data", "data")
+    Path("data/train/manifest.json").write_text("{")
+    assert "manifest.json" in one_line(capsys, pretrain(home, "--data", "data"))
+
+
+def test_another_tokenizer_than_the_shards(home, capsys):
+    assert main(["tokenizer", "train", str(home / "texts"), "--out", "b", "--vocab_size",
+                 "280"]) == 0
+    shutil.copytree(home / "data", "data")
+    shutil.copytree("b", "data/tokenizer", dirs_exist_ok=True)
+    assert "tokenizer" in one_line(capsys, pretrain(home, "--data", "data"))
+
+
+def test_eval_on_data_of_another_tokenizer(home, capsys):
+    assert main(["data", "tokenize", str(home / "texts"), "--out", "d", "--vocab_size",
+                 "280"]) == 0
+    words = ["eval", "--model", home / "run", "--data", "d"]
+    assert "another tokenizer" in one_line(capsys, words)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "tensors/__0_0.distcp", "tensors/.metadata"])
+def test_corrupt_checkpoint(home, capsys, name):
+    shutil.copytree(home / "run", "run")
+    path = Path("run/checkpoints/step-000006") / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    words = ["generate", "--model", "run", "--prompt", "a"]
+    assert path.name in one_line(capsys, words)
+
+
+def test_corrupt_tokenizer_of_a_run(home, capsys):
+    shutil.copytree(home / "run", "run")
+    Path("run/tokenizer/tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in one_line(capsys, ["eval", "--model", "run"])
+
+
+def test_a_full_disk_is_seen_before_any_work(home, capsys, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "MB free" in one_line(capsys, pretrain(home))
+    assert written() == []
+
+
+@pytest.mark.parametrize("number, remedy", [
+    (errno.ENOSPC, "free some space"), (errno.EACCES, "may read and write"),
+    (errno.EROFS, "not read-only")])
+def test_the_system_refuses_to_write(home, monkeypatch, capsys, number, remedy):
+    def refuse(self, *args, **kwargs):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert main(pretrain(home)) == 2
+    err = capsys.readouterr().err
+    assert remedy in err and "new" in err and err.count("\n") == 1
+    assert written() == []
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A disk of 600 kB, where the system allows to make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"cannot mount a small disk: {error}")
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up_while_training(home, tiny_disk, monkeypatch, capsys):
+    """The last good checkpoint stays, nothing half-written beside it."""
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # the check cannot know
+    words = pretrain(home, "--out", str(tiny_disk / "run"), "--train.steps", "40",
+                     "--train.save_every", "2", "--train.keep", "0")
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "free some space" in err, err
+    checkpoints = tiny_disk / "run" / "checkpoints"
+    assert not list(checkpoints.glob(".tmp*"))
+    words = ["generate", "--model", str(tiny_disk / "run"), "--prompt", "a",
+             "--max_new_tokens", "2"]
+    assert main(words) == 0
+
+
+def test_a_disk_that_fills_up_while_tokenising(home, tiny_disk, capsys):
+    (tiny_disk / "ballast").write_bytes(bytes(590_000))
+    words = ["data", "tokenize", str(home / "texts"), "--out", str(tiny_disk / "data")]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "No space left" in err and "Traceback" not in err
+    assert not list(tiny_disk.rglob("*.part/*.bin"))
+    (tiny_disk / "ballast").unlink()
+    assert main([*words, "--vocab_size", "300"]) in (0, 2)
+
+
+# --- processes ---
+
+
+def run_process(*words, **options):
+    return subprocess.run([*SKYLAR, *map(str, words)], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def test_process_exit_codes(home):
+    assert run_process("--version").returncode == 0
+    wrong = run_process("generate", "--model", "nowhere", "--prompt", "a")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+
+
+def test_debug_shows_the_traceback():
+    wrong = run_process("data", "fetch", "nothing", env={**os.environ, "SKYLAR_DEBUG": "1"})
+    assert "Traceback" in wrong.stderr and wrong.returncode == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    import torch
+
+    monkeypatch.setitem(COMMANDS, "presets", lambda: torch.optim.AdamW([]))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        main(["presets"])
+
+
+def test_a_reader_that_goes_away():
+    command = " ".join(SKYLAR) + " presets | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted_before_training(monkeypatch, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "presets", stop)
+    assert main(["presets"]) == 130
+    assert capsys.readouterr().err == "skylar: interrupted\n"
