@@ -444,10 +444,10 @@ class PackedLoader:
         *,
         batch_size: int,  # B: windows per step on this rank
         seq_len: int,  # T
-        seed: int = 0,
+        seed: int = 0,  # of the order
         rank: int = 0,
         world_size: int = 1,
-        shuffle: bool = True,
+        shuffle: bool = True,  # false: in the order of the corpus
         prefetch: int = 2,  # batches prepared ahead in a thread; 0 = none
     ):
         if batch_size < 1 or seq_len < 1 or not 0 <= rank < world_size:
