@@ -49,10 +49,14 @@ def sha256_file(path: str | Path) -> str:
 # %% ../../nbs/00_transformer/00_text.ipynb #c025
 @contextmanager
 def _progress(label: str, total: int | None = None):
-    """A transient `rich` progress bar; yields a function that adds bytes."""
+    """A transient `rich` progress bar; yields a function that adds bytes.
+
+    What is smaller than a megabyte is over before a bar could help."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
                TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True),
+                  redirect_stdout=False, redirect_stderr=False,
+                  disable=total is not None and total < 1 << 20) as bar:
         task = bar.add_task(label, total=total)
         yield lambda n: bar.advance(task, n)
 
@@ -279,7 +283,8 @@ def _store(name: str, place, folder: Path) -> Path:
     """Write a place's documents as `corpus.jsonl` and, last, its `receipt.json`."""
     part = folder / (hashlib.sha256(str(place).encode()).hexdigest()[:8] + ".jsonl.part")
     count = _whole_lines(part)  # an interrupted run goes on where it was
-    with open(part, "a", encoding="utf-8", newline="\n") as file, _progress(name) as advance:
+    with open(part, "a", encoding="utf-8", newline="\n") as file, \
+            _progress(name, SOURCES[name].size) as advance:
         for row in place.rows(folder, count):
             advance(file.write(json.dumps(row, ensure_ascii=False) + "\n"))
             count += 1
