@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['INDEX_CLASSES', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'write_atomic', 'sync_folder',
-           'IndexUnpickler', 'SafeReader', 'plain_errors', 'write_tensors', 'flatten', 'read_tensors', 'check_shapes',
-           'sha256', 'write_manifest', 'verify_manifest', 'read_json', 'save_checkpoint', 'publish', 'remove_old',
-           'find_checkpoint', 'load_metadata', 'load_weights', 'load_checkpoint']
+           'IndexUnpickler', 'SafeReader', 'plain_errors', 'root_cause', 'write_tensors', 'flatten', 'read_tensors',
+           'check_shapes', 'sha256', 'write_manifest', 'verify_manifest', 'read_json', 'save_checkpoint', 'publish',
+           'remove_old', 'find_checkpoint', 'load_metadata', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c008
 def rng_state() -> dict:
@@ -128,7 +128,14 @@ def plain_errors():
         try:
             yield
         except CheckpointException as error:  # not an Exception: one error a rank
-            raise next(iter(error.failures.values()))[0] from None
+            raise root_cause(next(iter(error.failures.values()))[0]) from None
+
+def root_cause(error: BaseException) -> BaseException:
+    "The OSError (a full disk, say) behind an error of PyTorch's, if there is one."
+    chain = [error]
+    while chain[-1].__context__:
+        chain.append(chain[-1].__context__)
+    return next((e for e in chain if isinstance(e, OSError)), error)
 
 def write_tensors(path: Path, model: nn.Module, optimizer=None) -> None:
     "A DCP folder: each rank writes its part, and any number of ranks can read it."
