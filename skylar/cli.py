@@ -340,9 +340,9 @@ DEMO = {
     "minutes": 4.0,  # a slow machine does fewer steps
     "corpus": {"source": "shakespeare", "vocab_size": 4096},
     "model": {"max_seq_len": 256},
-    "loader": {"batch_size": 8, "seq_len": 256},
-    "train": {"steps": 2000, "eval_every": 250, "save_every": 500},
-    "optimizer": {"lr": 6e-3},
+    "loader": {"batch_size": 4, "seq_len": 256},
+    "train": {"steps": 3500, "eval_every": 500, "save_every": 500},
+    "optimizer": {"lr": 3e-3},
 }
 
 

@@ -11,6 +11,8 @@ __all__ = ['split', 'prepare_data', 'check_recipe', 'check_empty', 'corpus_token
 # %% ../../nbs/runs.ipynb #c002
 import json
 import shutil
+import sys
+import textwrap
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -47,7 +49,7 @@ def split(documents, val_fraction: float, part: str):
             cut = len(text) - int(len(text) * val_fraction)
             yield text[:cut] if part == "train" else text[cut:]
 
-# %% ../../nbs/runs.ipynb #c006
+# %% ../../nbs/runs.ipynb #c010
 def prepare_data(
     source: str,  # a named corpus, or a file, folder or URL of .txt .md .jsonl .parquet
     /,
@@ -78,7 +80,8 @@ def prepare_data(
     for part in ("train", "val"):
         texts = split(documents(source), val_fraction, part)
         made = write_shards(
-            texts, bpe, folder / part, shard_bytes=shard_mb << 20, workers=workers)
+            texts, bpe, folder / part, shard_bytes=shard_mb << 20, workers=workers,
+            progress=sys.stderr.isatty())
         print(f"{folder / part}: {made['n_tokens']:,} tokens", flush=True)
 
 
@@ -96,7 +99,9 @@ def check_recipe(folder: Path, recipe: dict) -> None:
 
 
 def check_empty(folder: Path) -> None:
-    "Refuse a folder with something in it, and a file in its place."
+    "Refuse a folder with something in it, and a file in its place or above it."
+    if blocked := [p for p in folder.parents if p.is_file()]:
+        raise ValueError(f"{folder} cannot be made: {blocked[0]} is a file; choose another")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another folder")
 
@@ -116,7 +121,7 @@ def corpus_tokenizer(folder: Path, recipe: dict) -> BPETokenizer:
     bpe.save(folder / "tokenizer.part").replace(folder / "tokenizer")
     return bpe
 
-# %% ../../nbs/runs.ipynb #c007
+# %% ../../nbs/runs.ipynb #c014
 def data_parts(folder: str | Path) -> list[Path]:
     "The train and val folders of a data folder."
     parts = [Path(folder) / part for part in ("train", "val")]
@@ -140,7 +145,7 @@ def bytes_per_token(dataset: ShardDataset) -> float:
     "Mean length of a token in bytes of text: turns nats per token into bits per byte."
     return dataset.manifest["text_bytes"] / dataset.n_tokens
 
-# %% ../../nbs/runs.ipynb #c009
+# %% ../../nbs/runs.ipynb #c017
 def check_device(name: str) -> None:
     "Refuse a device that this machine lacks."
     if name == "auto":
@@ -148,7 +153,7 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = textwrap.shorten(str(error), 70)
         raise ValueError(f"train.device={name!r}: {reason}; use auto or cpu") from None
 
 
@@ -176,7 +181,7 @@ def check_vocabulary(model: int, tokenizer: int, folder: str) -> None:
         raise ValueError(f"model.vocab_size={model}, but the tokenizer of {folder} has "
                          f"{tokenizer} tokens; leave model.vocab_size out")
 
-# %% ../../nbs/runs.ipynb #c010
+# %% ../../nbs/runs.ipynb #c021
 def check_out(settings: dict) -> None:
     "Refuse an output folder that holds something else, or a run with other settings."
     out = Path(settings["out"])
@@ -210,7 +215,7 @@ def stored(settings: dict) -> dict:
     del plain["resume"]
     return plain
 
-# %% ../../nbs/runs.ipynb #c012
+# %% ../../nbs/runs.ipynb #c023
 @dataclass(frozen=True, kw_only=True)
 class Run:
     "All that a training run needs, checked. Nothing is written before `fit`."
@@ -251,7 +256,7 @@ class Run:
             CausalLM(self.config), self.loader("train"), next_token_loss, train,
             optimizer=self.optimizer, schedule=self.schedule, **options)
 
-# %% ../../nbs/runs.ipynb #c013
+# %% ../../nbs/runs.ipynb #c025
 def built(config_class, name: str, values: dict):
     "`config_class(**values)`; a complaint begins with the setting's full name."
     try:
@@ -286,7 +291,7 @@ def prepare_run(
     run.loader("train"), run.loader("val")  # refuse data shorter than one window
     return run
 
-# %% ../../nbs/runs.ipynb #c014
+# %% ../../nbs/runs.ipynb #c029
 def steps_in_time(run: Run) -> int:
     "train.steps, or as many as fit into `minutes`; a resumed run keeps its number."
     if run.settings["resume"] and (run.out / "checkpoints" / "latest").exists():
@@ -326,7 +331,7 @@ def fit(
     rows = trainer.fit(resume=run.settings["resume"])
     return rows, trainer.step < run.train.steps
 
-# %% ../../nbs/runs.ipynb #c015
+# %% ../../nbs/runs.ipynb #c035
 def is_finished(folder: Path | str) -> bool:
     "True if the run in `folder` has trained all its steps."
     if not Path(folder, "checkpoints", "latest").exists():
