@@ -35,7 +35,7 @@ VENDOR = {  # in node_modules -> in _static/vendor
 }
 LEFT_OUT = {"hide", "default_exp", "exporti"}  # nbdev directives of cells that readers do not need
 DIRECTIVE = re.compile(r"^[ \t]*#\|.*\n?", re.M)
-WIDGET = re.compile(r"\binteract\(|@interact\b|\binteractive(?:_output)?\(")
+WIDGET = re.compile(r"(?:^|[^.\w])(?:interact|interactive_output|slider)\(|@interact\b")
 NOTE = "*In JupyterLab this cell shows a control to move; a web page has no kernel to answer it.*"
 LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 MODULE = re.compile(r"`skylar/([\w/]+)\.py`")
@@ -98,6 +98,7 @@ def for_the_web(nb: NotebookNode, path: Path) -> NotebookNode:
             cell.source = module_links(web_links(cell.source, path), depth)
             cells.append(cell)
     nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # `!command`
     return nb
 
 
