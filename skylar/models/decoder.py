@@ -95,8 +95,8 @@ def _unknown_token(input_ids: Tensor, vocab_size: int) -> ValueError:
     "What to raise after a look-up went out of bounds."
     low, high = int(input_ids.min()), int(input_ids.max())
     return ValueError(
-        f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size} "
-        f"(0 to {vocab_size - 1}); use the tokenizer that this model was made for"
+        f"token id {low if low < 0 else high} is outside the vocabulary of "
+        f"{vocab_size} (0 to {vocab_size - 1}); use the tokenizer of this model"
     )
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c045
@@ -203,7 +203,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:  # (B, T, V) logits: scores of the next token
         return self.lm_head(self.model(input_ids, position_ids, document_ids))
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c066
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c068
 def gpt2(
     *,
     vocab_size: int = 50257,  # V
@@ -257,7 +257,7 @@ def gpt2(
         dropout=dropout,
     )
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c072
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c074
 def _size(part: LayerConfig | None, d_model: int) -> int:
     "Number of parameters that a part would have; allocates none of them."
     if part is None:
@@ -280,7 +280,7 @@ def count_parameters(
     blocks = _over_blocks(config, lambda block: _size(block, D))
     return ends + _size(config.positions, D) + blocks + _size(config.norm, D)
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c079
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c081
 def matmul_parameters(
     config: DecoderConfig,
 ) -> int:  # weights that meet every token in a matrix product, the head's included
@@ -299,7 +299,7 @@ def flops_per_token(
     config: DecoderConfig,
     seq_len: int,  # T, length of the sequences trained on
 ) -> int:  # floating-point operations for one token, forward and backward
-    """`6 N + 12 T (sum over blocks of H Dh)`: a multiply-add is 2, backward 2 x forward.
+    """`6 N + 12 T (sum over blocks of H Dh)`: a multiply-add is 2, backward 2 forwards.
 
     The second term is attention's Q K^T and A V over all T keys, not halved for the
     causal mask: the convention of PaLM (Chowdhery et al. 2022, appendix B), and what

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PRESETS', 'resolve', 'from_args', 'get_config']
 
-# %% ../../nbs/00_transformer/11_presets.ipynb #c002
+# %% ../../nbs/00_transformer/11_presets.ipynb #c003
 import difflib
 import inspect
 import types
@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from .decoder import DecoderConfig, gpt2
 
-# %% ../../nbs/00_transformer/11_presets.ipynb #c003
+# %% ../../nbs/00_transformer/11_presets.ipynb #c015
 FAMILIES = {"gpt2": gpt2}  # name -> function from keyword arguments to a DecoderConfig
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (family, its arguments)
@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (family, its argum
     ),
 }
 
-# %% ../../nbs/00_transformer/11_presets.ipynb #c004
+# %% ../../nbs/00_transformer/11_presets.ipynb #c018
 def _find(name: str, known, kind: str) -> str:
     "The entry of `known` that `name` means, whatever its case; `ValueError` if none."
     by_lower = {entry.lower(): entry for entry in known}
@@ -43,7 +43,7 @@ def _find(name: str, known, kind: str) -> str:
     hint = f"did you mean {near}?" if near else f"choose from {', '.join(known)}"
     raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
-
+# %% ../../nbs/00_transformer/11_presets.ipynb #c023
 def _typed(key: str, value: Any, hint: Any) -> Any:
     "`value` as the plain type that `hint` asks for; `ValueError` if it is another."
     allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -60,7 +60,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     given = type(value).__name__
     raise ValueError(f"{key}={value!r} is a {given}; {key} must be {wanted}")
 
-
+# %% ../../nbs/00_transformer/11_presets.ipynb #c026
 def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
     "`args` with every key known to the family and every value of its type."
     hints = get_type_hints(FAMILIES[family])
@@ -73,12 +73,12 @@ def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
         checked[key] = _typed(key, value, hints[key])
     return checked
 
-# %% ../../nbs/00_transformer/11_presets.ipynb #c005
+# %% ../../nbs/00_transformer/11_presets.ipynb #c028
 def resolve(
     name: str,  # a preset, in any case
     **overrides: Any,  # arguments of its family to change
 ) -> dict[str, Any]:  # {"family": ..., "args": {...}}, complete and JSON-able
-    """All that it takes to rebuild a model, as plain data to be stored beside its weights.
+    """All that it takes to rebuild a model, as plain data to store beside its weights.
 
     The family's defaults are written out, so that a later default changes nothing.
     Raises `ValueError` for an unknown name or argument (with the nearest ones), a wrong
@@ -95,10 +95,10 @@ def resolve(
 def from_args(
     resolved: dict[str, Any],  # what `resolve` returned, perhaps by way of a JSON file
 ) -> DecoderConfig:
-    "The config that `resolve` described. Raises `ValueError` for an unknown or wrong part."
+    "The config that `resolve` described. `ValueError` for an unknown or wrong part."
     args = resolved.get("args") if isinstance(resolved, dict) else None
     if not isinstance(args, dict) or "family" not in resolved:
-        raise ValueError(f"{resolved!r} does not describe a model; give family and args")
+        raise ValueError(f"{resolved!r} does not describe a model: give family and args")
     family = _find(resolved["family"], FAMILIES, "family")
     return FAMILIES[family](**_checked(family, args))
 
