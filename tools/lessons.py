@@ -8,7 +8,9 @@ without a kernel a stored view is an error message, and the static picture besid
 """
 
 import argparse
+import base64
 import configparser
+import io
 import os
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 import nbformat
 from fastcore.nbio import dict2nb, does_cell_eval
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -61,6 +64,14 @@ def execute(path: Path):
     return nb
 
 
+def smaller(png: str) -> str:
+    "A plot with 256 colours instead of 16 million: looks the same, a third of the bytes."
+    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    out = io.BytesIO()
+    image.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
+
+
 def tidy(nb):
     "Drop what differs between two identical runs, and widget views that need a kernel."
     count = 0
@@ -69,6 +80,9 @@ def tidy(nb):
         if cell.cell_type != "code":
             continue
         cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
         if cell.execution_count:
             count += 1
             cell.execution_count = count
