@@ -114,6 +114,20 @@ class Parser(jsonargparse.ArgumentParser):
         options = {"formatter_class": HelpFormatter, "allow_abbrev": False} | options
         super().__init__(**options)
 
+    def add_config_flags(self) -> None:
+        "--config reads these flags from YAML, --print_config writes them."
+        self.add_argument("--config", action="config", help="YAML file of flags")
+        shown = next(a for a in self._actions if a.dest == "print_config")
+        shown.help = "print all settings as YAML that --config reads, and exit"
+
+    def set_nested_defaults(self, tree: dict, prefix: str = "") -> None:
+        'Other defaults: `{"train": {"steps": 5}}` is one for --train.steps.'
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                self.set_nested_defaults(value, f"{prefix}{key}.")
+            else:
+                self.set_defaults({prefix + key: value})
+
     def error(self, message, ex=None):
         raise UsageError(self.explain(" ".join(message.split()))) from None
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['split', 'prepare_data', 'check_recipe', 'check_empty', 'corpus_tokenizer', 'data_parts', 'open_data',
            'bytes_per_token', 'check_device', 'check_context', 'check_space', 'check_vocabulary', 'check_out',
-           'check_same', 'stored', 'Run', 'built', 'prepare_run', 'steps_in_time', 'write_run', 'fit', 'is_finished',
-           'load_run']
+           'check_same', 'stored', 'Run', 'built', 'prepare_run', 'steps_in_time', 'write_run', 'fit', 'outcome',
+           'is_finished', 'load_run', 'measure']
 
 # %% ../../nbs/runs.ipynb #c002
 import json
@@ -24,12 +24,13 @@ from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shard
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
 from ..models.decoder import CausalLM, DecoderConfig, count_parameters
+from ..models.decoder import flops_per_token
 from ..models.presets import from_args, resolve
 from .loss import next_token_loss
 from .optim import AdamWConfig, ScheduleConfig
 from .checkpoint import load_metadata, load_weights, seed_everything
 from .checkpoint import write_atomic
-from .trainer import TrainConfig, Trainer, read_metrics
+from .trainer import TrainConfig, Trainer, evaluate, read_metrics
 
 # %% ../../nbs/runs.ipynb #c004
 def split(documents, val_fraction: float, part: str):
@@ -101,7 +102,7 @@ def check_recipe(folder: Path, recipe: dict) -> None:
 def check_empty(folder: Path) -> None:
     "Refuse a folder with something in it, and a file in its place or above it."
     if blocked := [p for p in folder.parents if p.is_file()]:
-        raise ValueError(f"{folder} cannot be made: {blocked[0]} is a file; choose another")
+        raise ValueError(f"{folder}: {blocked[0]} is a file; choose another folder")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another folder")
 
@@ -241,6 +242,22 @@ class Run:
         loader = self.settings["loader"]
         return loader["batch_size"] * loader["seq_len"] * self.train.accumulate
 
+    def facts(self) -> dict[str, str]:
+        "What is about to be trained, on what, for how long."
+        config, given, steps = self.config, self.settings, self.train.steps
+        tokens, n_tokens = self.tokens_per_step * steps, self.datasets["train"].n_tokens
+        flops = flops_per_token(config, given["loader"]["seq_len"]) * tokens
+        epochs = tokens / n_tokens
+        return {
+            "model": f"{given['preset']}, {count_parameters(config):,} parameters, "
+                     f"vocabulary {config.vocab_size}, context {config.max_seq_len}",
+            "data": f"{n_tokens:,} tokens in {given['data']}",
+            "step": f"{self.tokens_per_step:,} tokens",
+            "run": f"{steps:,} steps = {tokens:,} tokens = {epochs:.1f} epochs",
+            "compute": f"{flops:.2e} FLOPs",
+            "output": f"{self.out}",
+        }
+
     def with_steps(self, steps: int) -> "Run":
         "The same run, shorter or longer."
         return replace(self, train=replace(self.train, steps=steps))
@@ -298,8 +315,9 @@ def steps_in_time(run: Run) -> int:
         return load_metadata(run.out)["steps"]
     if not (minutes := run.settings["minutes"]):
         return run.train.steps
-    trial = replace(run.train, steps=8, log_every=4, save_every=0)
-    speed = run.trainer(trial, quiet=True).fit()[-1]["tokens_per_s"]
+    trial = replace(run.train, steps=30, log_every=3, save_every=0)
+    rows = run.trainer(trial, quiet=True).fit()
+    speed = max(row["tokens_per_s"] for row in rows)  # other programs come and go
     fits = int(minutes * 60 * speed / run.tokens_per_step)
     print(f"{speed:,.0f} tokens/s: {minutes:g} minutes are {fits:,} steps", flush=True)
     return max(1, min(fits, run.train.steps))
@@ -331,6 +349,16 @@ def fit(
     rows = trainer.fit(resume=run.settings["resume"])
     return rows, trainer.step < run.train.steps
 
+
+def outcome(rows: list[dict]) -> dict[str, str]:
+    "What came out, from the rows of metrics."
+    last = next(row for row in reversed(rows) if "val_loss" in row)
+    return {
+        "validation loss": f"{last['val_loss']:.4f} nats per token",
+        "perplexity": f"{last['val_perplexity']:.2f}",
+        "bits per byte": f"{last['val_bits_per_byte']:.4f}",
+    }
+
 # %% ../../nbs/runs.ipynb #c035
 def is_finished(folder: Path | str) -> bool:
     "True if the run in `folder` has trained all its steps."
@@ -353,3 +381,22 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
     model = CausalLM(from_args(metadata["model"]))
     load_weights(folder, model)
     return model.eval(), tokenizer, metadata
+
+# %% ../../nbs/runs.ipynb #c036
+def measure(
+    folder: Path | str,  # a run folder
+    data: Path | str | None = None,  # a data folder; None: the one it was trained on
+    batches: int | None = None,  # of validation data; None: all of it
+) -> dict:  # loss, perplexity and bits per byte
+    "Evaluate a run on validation data, which its own tokenizer must have made."
+    model, tokenizer, metadata = load_run(folder)
+    data = data or metadata["data"]
+    other, datasets = open_data(data)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"{data} was made with another tokenizer than {folder}; make it again with "
+            f"`skylar data tokenize ... --tokenizer {folder}/tokenizer`")
+    loader = PackedLoader(datasets["val"], **{**metadata["loader"], "shuffle": False})
+    density = bytes_per_token(datasets["val"])
+    row = evaluate(model, loader, next_token_loss, batches, bytes_per_token=density)
+    return {"data": str(data), **row}
