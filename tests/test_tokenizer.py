@@ -44,7 +44,7 @@ NASTY = [
 ]  # fmt: skip
 COMMON = [
     "a", "the", " ", "  ", "\n", "\r", "\t", "'", "'ll", "1", "23", ".", "!?", "é", "e\u0301",
-    "日", "😀",
+    "日", "😀", "\x1c", "\x85",
 ]  # fmt: skip
 
 
@@ -214,16 +214,14 @@ def test_encode_iterable_equals_encode(tokenizer, size, monkeypatch):
         assert list(tokenizer.encode_iterable(chunks)) == tokenizer.encode(text)
 
 
-def test_every_border_is_safe(tokenizer):
-    "Cutting at the border never changes an id, whatever text follows."
+def test_every_border_is_safe():
+    "Cutting at the border never changes a piece, whatever text follows."
     rng = random.Random(0)
-    for _ in range(2000):
+    for _ in range(5000):
         text, more = random_text(rng, rng.randrange(1, 25)), random_text(rng, rng.randrange(6))
         if border := module._LAST_BORDER.match(text):
-            left, right = text[: border.end()], text[border.end() :]
-            assert tokenizer.encode(left) + tokenizer.encode(right + more) == tokenizer.encode(
-                text + more
-            )
+            left, right = text[: border.end()], text[border.end() :] + more
+            assert pre_tokenize(left) + pre_tokenize(right) == pre_tokenize(text + more)
 
 
 def test_space_means_the_same_to_python_and_to_the_pattern():

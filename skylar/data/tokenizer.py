@@ -190,7 +190,7 @@ def merge_bytes(
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
     return parts
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c069
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c071
 def encode_bpe(
     text: str,
     merges: list[tuple[bytes, bytes]],  # as `train_bpe` returns them
@@ -203,7 +203,7 @@ def encode_bpe(
     known = {p: [ids[t] for t in merge_bytes(p.encode(), rank)] for p in set(pieces)}
     return [i for piece in pieces for i in known[piece]]
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c074
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c076
 SPECIAL_TOKENS = (
     "<pad>", "<bos>", "<eos>",
     "<|im_start|>", "<|im_end|>",
@@ -211,7 +211,7 @@ SPECIAL_TOKENS = (
     "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
 )
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c078
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c080
 def _check_specials(specials: tuple[str, ...]) -> None:
     "Refuse special tokens that we need and lack, or that plain text could forge."
     for needed in SPECIAL_TOKENS[:3]:
@@ -226,7 +226,7 @@ def _check_specials(specials: tuple[str, ...]) -> None:
                 f"write it as '<|{token.strip() or 'name'}|>'"
             )
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c083
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c085
 # \s and \S here are Python's: every \S of Python is one of PATTERN, and tab and space
 # are spaces in both
 _LAST_BORDER = re.compile(r"(?s).*(?:\S(?=[ \t])|[\r\n](?=\S))")
@@ -245,7 +245,7 @@ def _cut_safely(chunks: Iterable[str], size: int = 1 << 16) -> Iterator[str]:
             enough = max(size, 2 * len(held))  # a giant word is not searched each time
     yield held
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c088
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c090
 def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
     "Text of `pieces`, one string for each, holding back unfinished characters."
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -253,7 +253,7 @@ def _decode_stream(pieces: Iterable[bytes]) -> Iterator[str]:
         yield decoder.decode(piece)
     yield decoder.decode(b"", final=True)
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c091
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c093
 def _parse(content: str, name: str) -> Tokenizer:
     "The Rust tokenizer that `content` describes; ValueError unless it is one of ours."
     try:
@@ -285,7 +285,7 @@ def _write(path: Path, content: str) -> None:
     part.write_bytes(content.encode())
     os.replace(part, path)
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c093
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c095
 def _hf_config(specials: list[str]) -> str:
     "tokenizer_config.json, for `transformers.AutoTokenizer`."
     names = ("pad_token", "bos_token", "eos_token")
@@ -300,7 +300,7 @@ def _hf_config(specials: list[str]) -> str:
     }
     return json.dumps(config, indent=2) + "\n"
 
-# %% ../../nbs/00_transformer/01_bpe.ipynb #c095
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c097
 class BPETokenizer:
     "Byte-level BPE: any text to token ids and back. Make one with `train` or `load`."
 
