@@ -168,7 +168,7 @@ def _save_manifest(path: Path, header: dict, shards: list[dict]) -> dict:
     _replace(path, (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c029
+# %% ../../nbs/00_transformer/02_shards.ipynb #c030
 def _finished_shards(out: Path, header: dict) -> list[dict]:
     """Shards that an earlier run with the same settings finished here."""
     for path in (out / "manifest.json", out / "progress.json"):
@@ -191,7 +191,7 @@ def _skip(documents: Iterator[str], shards: list[dict], out: Path):
                          f"first {count:,}); choose another folder or delete it")
     return digest
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c030
+# %% ../../nbs/00_transformer/02_shards.ipynb #c032
 def _write(pieces, out: Path, header: dict, shards: list[dict], digest, tick) -> None:
     """Write the pieces; `shards` and `progress.json` grow by a row per finished shard."""
     writer = None
@@ -211,7 +211,7 @@ def _write(pieces, out: Path, header: dict, shards: list[dict], digest, tick) ->
             writer.abandon()
         raise
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c031
+# %% ../../nbs/00_transformer/02_shards.ipynb #c034
 class _Ticker:
     """A `rich` line on stderr: documents, tokens, seconds."""
 
@@ -228,7 +228,7 @@ class _Ticker:
         text = f"{self.documents:,} documents, {self.tokens:,} tokens"
         self.bar.update(self.task, description=text)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c032
+# %% ../../nbs/00_transformer/02_shards.ipynb #c036
 def write_shards(
     documents: Iterable[str],  # in the same order every time
     tokenizer,  # BPETokenizer: encode_batch, bos_id, eos_id, vocab_size, fingerprint
@@ -263,7 +263,7 @@ def write_shards(
     (out / "progress.json").unlink(missing_ok=True)
     return manifest
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c042
+# %% ../../nbs/00_transformer/02_shards.ipynb #c046
 def _load_manifest(folder: Path) -> dict:
     """The manifest of a complete folder of shards."""
     path = folder / "manifest.json"
@@ -289,7 +289,7 @@ def _check_size(path: Path, expected: int) -> None:
         raise ValueError(f"{path.name} is {what}: it ends at byte {size:,} and should end at "
                          f"byte {expected:,}; delete its folder and tokenise again")
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c043
+# %% ../../nbs/00_transformer/02_shards.ipynb #c047
 def _verify_shard(folder: Path, shard: dict, itemsize: int) -> None:
     """Compare a shard's three files with the manifest, block by block."""
     path = folder / shard["file"]
@@ -317,7 +317,7 @@ def verify_shards(folder: Path | str) -> dict:
     totals = {key: manifest[key] for key in ("n_tokens", "n_documents", "text_bytes")}
     return {"shards": len(manifest["shards"]), **totals}
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c047
+# %% ../../nbs/00_transformer/02_shards.ipynb #c053
 class ShardDataset:
     """Shards as one long sequence of tokens, memory-mapped: opening reads no token.
 
@@ -381,7 +381,7 @@ class ShardDataset:
             inner.append(starts[a:b] + offset)
         return first, np.concatenate(inner)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c058
+# %% ../../nbs/00_transformer/02_shards.ipynb #c064
 def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
     """A hash of 64-bit integers: the finaliser of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
@@ -392,7 +392,7 @@ def round_keys(seed: int, epoch: int, rounds: int = 6) -> np.ndarray:
     """Keys of the Feistel rounds: all that is stored of an epoch's order."""
     return np.random.SeedSequence([seed, epoch]).generate_state(rounds, np.uint64)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c059
+# %% ../../nbs/00_transformer/02_shards.ipynb #c065
 def feistel(
     x: np.ndarray,  # uint64, each below 2^(2 half)
     half: int,  # bits in each half
@@ -405,7 +405,7 @@ def feistel(
         left, right = right, left ^ (_mix(right, key) & mask)
     return (left << shift) | right
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c061
+# %% ../../nbs/00_transformer/02_shards.ipynb #c067
 def permute(
     index: np.ndarray,  # positions 0 <= i < n
     n: int,  # size of the set that is permuted
@@ -425,7 +425,7 @@ def permute(
         todo = x >= n
     return x.astype(np.int64)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c071
+# %% ../../nbs/00_transformer/02_shards.ipynb #c077
 def pack(
     tokens: np.ndarray,  # (B, T+1) each row's window and the token after it
     first: np.ndarray,  # (B,) number of the document that each row begins in
@@ -445,7 +445,7 @@ def pack(
               "document_ids": documents[:, :-1], "position_ids": positions[:, :-1]}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c077
+# %% ../../nbs/00_transformer/02_shards.ipynb #c086
 class PackedLoader:
     """Endless batches of windows of T tokens, reshuffled every epoch, resumable exactly.
 
