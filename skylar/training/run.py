@@ -119,7 +119,11 @@ def corpus_tokenizer(folder: Path, recipe: dict) -> BPETokenizer:
         bpe = BPETokenizer.train(texts, vocab_size=size)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "corpus.json", json.dumps(recipe, indent=1) + "\n")
-    bpe.save(folder / "tokenizer.part").replace(folder / "tokenizer")
+    part = folder / "tokenizer.part"
+    try:
+        bpe.save(part).replace(folder / "tokenizer")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return bpe
 
 # %% ../../nbs/runs.ipynb #c014
@@ -259,7 +263,8 @@ class Run:
         }
 
     def with_steps(self, steps: int) -> "Run":
-        "The same run, shorter or longer."
+        "The same run, shorter or longer. `ValueError` if the warm-up fills it."
+        self.schedule.multiplier(0, steps)
         return replace(self, train=replace(self.train, steps=steps))
 
     def loader(self, part: str, **changes) -> PackedLoader:
@@ -269,9 +274,9 @@ class Run:
     def trainer(self, train: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
         seed_everything(train.seed)
-        return Trainer(
-            CausalLM(self.config), self.loader("train"), next_token_loss, train,
-            optimizer=self.optimizer, schedule=self.schedule, **options)
+        options = {"optimizer": self.optimizer, "schedule": self.schedule, **options}
+        model, loader = CausalLM(self.config), self.loader("train")
+        return Trainer(model, loader, next_token_loss, train, **options)
 
 # %% ../../nbs/runs.ipynb #c025
 def built(config_class, name: str, values: dict):
@@ -316,7 +321,8 @@ def steps_in_time(run: Run) -> int:
     if not (minutes := run.settings["minutes"]):
         return run.train.steps
     trial = replace(run.train, steps=30, log_every=3, save_every=0)
-    rows = run.trainer(trial, quiet=True).fit()
+    constant = ScheduleConfig(kind="constant", warmup_steps=0)  # a warm-up may not fit
+    rows = run.trainer(trial, schedule=constant, quiet=True).fit()
     speed = max(row["tokens_per_s"] for row in rows)  # other programs come and go
     fits = int(minutes * 60 * speed / run.tokens_per_step)
     print(f"{speed:,.0f} tokens/s: {minutes:g} minutes are {fits:,} steps", flush=True)
