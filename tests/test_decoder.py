@@ -147,6 +147,17 @@ def test_a_model_made_on_meta_is_tied_and_started_by_init_weights(tie):
     assert torch.equal(model(ids), other(ids))
 
 
+def test_a_model_made_on_meta_gets_its_computed_tables():
+    config = replace(gpt2(**SMALL), positions=SinusoidalPositionsConfig(max_len=32))
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model.to_empty(device="cpu")
+    model.model.embed_positions.table.fill_(torch.nan)  # what memory may hold
+    init_weights(model)
+    expected = CausalLM(config).model.embed_positions.table
+    assert torch.equal(model.model.embed_positions.table, expected)
+
+
 def test_tied_matrix_gathers_gradient_from_both_ends():
     model = small()
     model(torch.tensor([[3, 3, 3]]))[..., 5].sum().backward()

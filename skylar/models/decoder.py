@@ -163,8 +163,8 @@ def init_weights(
     """Start every parameter as GPT-2 does: the one place where first values come from.
 
     Matrices N(0, init_std); those that write into the residual stream a further
-    1/sqrt(2L) smaller; norms 1; biases 0. Works on sharded and just-materialised
-    (`to_empty`) models too. Source: Radford et al. 2019, section 2.3.
+    1/sqrt(2L) smaller; norms 1; biases 0. Completes a model made on the meta device and
+    moved by `to_empty`. Source: Radford et al. 2019, section 2.3.
     """
     config = model.config
     if isinstance(model, CausalLM):
@@ -178,6 +178,10 @@ def init_weights(
             parameter.normal_(0.0, config.init_std / math.sqrt(2 * len(config.blocks)))
         else:
             parameter.normal_(0.0, config.init_std)
+    for module in model.modules():
+        computed = not list(module.parameters())  # a table, such as sinusoids
+        if computed and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c058
 class CausalLM(nn.Module):
