@@ -37,7 +37,7 @@ test: $(VENV)/.dev
 	$(BIN)/python tools/check_export.py
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup -v
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile -v
 
 lab: $(VENV)/.dev
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -11,7 +11,6 @@ import lab_page  # noqa: E402  (after the skips, so that they are the reason one
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.xdist_group("lab"),  # one JupyterLab for all of them, not one a worker
     pytest.mark.skipif(not lab_page.CHROMIUM, reason="needs Chromium, for example Debian's"),
 ]
 NBS = Path(__file__).parents[2] / "nbs"
