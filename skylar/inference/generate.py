@@ -38,11 +38,10 @@ def keep_top_p(
     p: float,
 ) -> Tensor:  # (B, V) tokens outside the nucleus at -inf
     "The fewest tokens that hold probability p or more (Holtzman et al. 2020, 3.1)."
-    ordered, index = logits.sort(descending=True, stable=True)  # (B, V)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # probability of everything more likely
-    drop = before >= p
-    drop[:, 0] = False  # the likeliest token always stays
+    ordered, index = logits.sort()  # (B, V) small to large: sums of small numbers first
+    tail = ordered.softmax(-1).cumsum(-1)  # of a token and all that are less likely
+    drop = tail <= 1 - p
+    drop[:, -1] = False  # the likeliest token always stays
     drop = torch.zeros_like(drop).scatter(1, index, drop)  # back in vocabulary order
     return logits.masked_fill(drop, -torch.inf)
 
