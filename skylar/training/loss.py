@@ -5,29 +5,29 @@
 # %% auto #0
 __all__ = ['linear_cross_entropy', 'next_token_loss']
 
-# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c002
+# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c003
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c003
+# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c027
 def _chunk_loss(
     logits: Tensor,  # (C, V) raw; overwritten with their gradient
-    x: Tensor,  # (C, V) room for the same numbers in fp32 (or fp64)
+    x: Tensor,  # (C, V) room for the same numbers in fp32 (or fp64); may be `logits`
     p: Tensor,  # (C, V) room for the probabilities
     labels: Tensor,  # (C, 1)
     valid: Tensor,  # (C, 1) False where the row counts for nothing
     z_loss: float,
     softcap: float | None,
 ) -> Tensor:  # summed loss of the rows
-    "Loss of a few rows; turns `logits` into d loss / d logits, making no new (C, V) tensor."
+    "Loss of a few rows; turns `logits` into their gradient, with no new (C, V) tensor."
     x.copy_(logits)
     if softcap is not None:
         x.div_(softcap).tanh_().mul_(softcap)
     torch.softmax(x, dim=-1, out=p)
     lse = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # p.amax >= 1/V
-    labels, valid = labels * valid, valid.to(x.dtype)  # an ignored label may be no class
+    labels, valid = labels * valid, valid.to(x.dtype)  # -100 is no class
     loss = (valid * (lse - x.gather(-1, labels) + z_loss * lse.square())).sum()
     p.mul_(valid * (1 + 2 * z_loss * lse)).scatter_add_(-1, labels, -valid)
     if softcap is not None:
@@ -35,20 +35,22 @@ def _chunk_loss(
     logits.copy_(p)
     return loss
 
-# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c004
+# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c035
 class _LinearCrossEntropy(torch.autograd.Function):
-    "Sum of cross-entropies of `hidden @ weight.T`; gradients are made on the way forward."
+    "Summed cross-entropy of `hidden @ weight.T`; makes its gradients going forward."
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, valid, dtype, chunk, z_loss, softcap):
-        h, w, wide = hidden.to(dtype), weight.to(dtype), torch.promote_types(dtype, torch.float32)
+        h, w = hidden.to(dtype), weight.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=wide)
         grad_h = torch.zeros_like(hidden) if need_h else None
         grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
         rows = min(chunk, len(h))
         logits = w.new_empty(rows, len(w))  # (C, V) used again by every chunk
-        x, p = (torch.empty_like(logits, dtype=wide) for _ in range(2))
+        x = logits if dtype == wide else torch.empty_like(logits, dtype=wide)
+        p = torch.empty_like(x)
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
             n = len(h[part])
@@ -74,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_w = (grad_w * upstream).to(ctx.weight_dtype)
         return grad_h, grad_w, None, None, None, None, None, None
 
-# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c005
+# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c037
 def linear_cross_entropy(
     hidden: Tensor,  # (N, D) final hidden states
     weight: Tensor,  # (V, D) of the vocabulary projection
@@ -100,13 +102,13 @@ def linear_cross_entropy(
     )
     return loss, n_valid
 
-# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c006
+# %% ../../nbs/00_transformer/10_fused_loss.ipynb #c047
 def next_token_loss(
     model: nn.Module,  # a CausalLM: .model gives hidden states, .lm_head projects them
     batch: dict,  # input_ids, labels (B, T); document_ids, position_ids if packed
     **options,  # chunk, z_loss, softcap, ignore_index
 ) -> tuple[Tensor, Tensor, dict]:  # summed loss, number of targets, metrics
-    "The pretraining objective: predict each next token. Without document_ids, plain causal."
+    "The pretraining objective: predict each next token (no document_ids: causal)."
     hidden = model.model(
         batch["input_ids"], batch.get("position_ids"), batch.get("document_ids")
     )

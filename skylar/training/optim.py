@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/00_transformer/07_optimisation.ipynb #c046
 class AdamW(torch.optim.Optimizer):
-    "Adam with decoupled weight decay (Loshchilov & Hutter 2019), equal to PyTorch's AdamW."
+    "Adam with decoupled weight decay (Loshchilov & Hutter 2019); equals PyTorch's."
 
     def __init__(
         self,
@@ -72,7 +72,9 @@ def decay_groups(
 def _fused_runs(
     params: list[Tensor],  # all parameters of one optimizer
 ) -> bool:  # True where PyTorch has its one-kernel AdamW
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params)
+    return all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in params
+    )
 
 # %% ../../nbs/00_transformer/07_optimisation.ipynb #c055
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class AdamWConfig:
             )
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        "PyTorch's AdamW over `decay_groups(model)`, in one fused kernel where it has one."
+        "PyTorch's AdamW over `decay_groups(model)`, fused where PyTorch can."
         groups = decay_groups(model, self.weight_decay)
         fused = _fused_runs([p for group in groups for p in group["params"]])
         return torch.optim.AdamW(
@@ -121,7 +123,7 @@ def cosine(
     warmup_steps: int = 0,  # steps of linear climb
     min_ratio: float = 0.1,  # where the fall ends, as a share of the peak
 ) -> float:  # what to multiply the peak learning rate with
-    "Linear warm-up to 1, then half a cosine down to `min_ratio` at `total_steps` (SGDR)."
+    "Linear warm-up to 1, then half a cosine to `min_ratio` at `total_steps` (SGDR)."
     x = _progress(step, warmup_steps, total_steps)
     fall = min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * x)) / 2
     return _warmup(step, warmup_steps) * fall
@@ -144,7 +146,7 @@ def wsd(
 # %% ../../nbs/00_transformer/07_optimisation.ipynb #c072
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    "How the learning rate moves over a run; `multiplier(step, total_steps)` says where it is."
+    "How the learning rate moves over a run; `multiplier` says where it is."
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"  # shape after the warm-up
     warmup_steps: int | None = None  # None: a twentieth of the run, at most 1,000
@@ -162,7 +164,7 @@ class ScheduleConfig:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie in (0, 1]")
 
     def multiplier(self, step: int, total_steps: int) -> float:
-        "Share of the peak learning rate at `step`; ValueError if the warm-up fills the run."
+        "Share of the peak rate at `step`; ValueError if the warm-up fills the run."
         warmup = self.warmup_steps
         if warmup is None:
             warmup = min(1000, total_steps // 20)
@@ -183,7 +185,7 @@ def clip_grad_norm(
     parameters,  # iterable of parameters; those without a gradient are skipped
     max_norm: float,  # longest allowed length of all gradients laid end to end
 ) -> Tensor:  # the length before clipping; inf or nan if any gradient is
-    "Shorten all gradients by one common factor, in place, if together they are too long."
+    "Shorten all gradients in place by one factor, if together they are too long."
     grads = [p.grad for p in parameters if p.grad is not None]
     total = torch.nn.utils.get_total_norm(grads)
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
