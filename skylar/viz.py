@@ -7,6 +7,7 @@ __all__ = ['PALETTE', 'use_style', 'heatmap', 'heatmaps', 'lines', 'bars', 'Toke
 
 # %% ../nbs/viz.ipynb #c002
 import html
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -206,8 +207,12 @@ def slider(draw: Callable, **controls):
         plt.show()
 
     widget = ipywidgets.interactive(show, **controls)
+    starts = inspect.signature(draw).parameters  # where `draw` itself would begin
     for child in widget.children:
         if hasattr(child, "continuous_update"):
             child.continuous_update = False
+        start = starts.get(getattr(child, "description", None))
+        if start is not None and start.default is not start.empty:
+            child.value = start.default
     widget.add_class("widget-interact")
     return widget
