@@ -7,7 +7,7 @@ __all__ = ['LEGEND', 'DEMO', 'COMMANDS', 'show_facts', 'show', 'in_words', 'data
            'tokenizer_train', 'presets', 'preset_row', 'add_training_flags', 'pretrain', 'given', 'generate',
            'eval_run', 'demo', 'draw_loss', 'command_parser', 'overview', 'find_command', 'run_command', 'main', 'note']
 
-# %% ../nbs/cli.ipynb #c040
+# %% ../nbs/cli.ipynb #c041
 import difflib
 import inspect
 import json
@@ -15,7 +15,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -24,7 +23,7 @@ from rich.table import Table
 from . import __version__
 from .flags import Parser, UsageError, add_flags, is_users, one_line
 
-# %% ../nbs/cli.ipynb #c042
+# %% ../nbs/cli.ipynb #c043
 def show_facts(facts: dict[str, str]) -> None:
     "Names and values in two columns."
     width = max(map(len, facts))
@@ -35,24 +34,24 @@ def show_facts(facts: dict[str, str]) -> None:
 def show(rows: list[dict], as_json: bool) -> None:
     "Rows as a table, or as JSON for programs."
     if as_json:
-        print(json.dumps(rows))
-        return
+        return print(json.dumps(rows))
     table = Table(box=SIMPLE, pad_edge=False)
     for name, value in rows[0].items():
         justify = "right" if isinstance(value, int | float) else "left"
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(in_words, row.values()))
-    Console(width=max(Console().width, 100)).print(table)
+    wide = max(Console().width, 100)
+    Console(width=wide, force_jupyter=False).print(table)
 
 
-def in_words(value: Any) -> str:
+def in_words(value) -> str:
     "A number as people read it."
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
-# %% ../nbs/cli.ipynb #c044
+# %% ../nbs/cli.ipynb #c045
 def data_fetch(
     source: str,  # a named corpus: shakespeare, tinystories, fineweb-edu
     /,
@@ -132,7 +131,7 @@ def tokenizer_train(
     bpe.save(out)
     print(f"{out}: {bpe.vocab_size:,} tokens, fingerprint {bpe.fingerprint[:12]}")
 
-# %% ../nbs/cli.ipynb #c046
+# %% ../nbs/cli.ipynb #c047
 def presets(
     *,
     json: bool = False,  # print JSON instead of a table
@@ -165,7 +164,7 @@ def preset_row(name: str) -> dict:
         "context": args["max_seq_len"], "vocabulary": args["vocab_size"],
         "MFLOPs": round(flops / 1e6, 1)}
 
-# %% ../nbs/cli.ipynb #c048
+# %% ../nbs/cli.ipynb #c049
 LEGEND = ("D width, H heads, Dh head width, L layers, F feed-forward width, V "
           "vocabulary; what is left out is as in the preset")
 
@@ -194,7 +193,7 @@ def add_training_flags(parser: Parser) -> None:
     add_flags(schedule, ScheduleConfig, "schedule.")
     parser.set_nested_defaults({"loader": {"batch_size": 16, "seq_len": 256}})
 
-# %% ../nbs/cli.ipynb #c049
+# %% ../nbs/cli.ipynb #c050
 def pretrain(
     *,
     data: str,  # folder made by `skylar data tokenize`
@@ -240,7 +239,7 @@ def given(values: dict) -> dict:
     "Only the flags that were given."
     return {key: value for key, value in values.items() if value is not None}
 
-# %% ../nbs/cli.ipynb #c051
+# %% ../nbs/cli.ipynb #c052
 def generate(
     *,
     model: str,  # folder of a run
@@ -273,7 +272,7 @@ def generate(
         print(piece, end="", flush=True)
     print()
 
-# %% ../nbs/cli.ipynb #c052
+# %% ../nbs/cli.ipynb #c053
 def eval_run(
     *,
     model: str,  # folder of a run
@@ -291,7 +290,7 @@ def eval_run(
 
     show([measure(model, data, batches)], json)
 
-# %% ../nbs/cli.ipynb #c054
+# %% ../nbs/cli.ipynb #c055
 DEMO = {
     "preset": "test",
     "minutes": 4.0,  # a slow machine does fewer steps
@@ -351,7 +350,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     loss_curve(metrics).figure.savefig(picture)
     print(f"loss curve: {picture}\n")
 
-# %% ../nbs/cli.ipynb #c056
+# %% ../nbs/cli.ipynb #c057
 COMMANDS = {
     "data fetch": data_fetch,
     "data tokenize": data_tokenize,
@@ -383,7 +382,7 @@ def command_parser(name: str) -> Parser:
         parser.set_nested_defaults(DEMO)
     return parser
 
-# %% ../nbs/cli.ipynb #c057
+# %% ../nbs/cli.ipynb #c058
 def overview() -> str:
     "What `skylar --help` prints."
     lines = ["usage: skylar COMMAND [--flag value ...]", ""]
@@ -409,15 +408,13 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     hint = f"did you mean {names}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
 
-# %% ../nbs/cli.ipynb #c058
+# %% ../nbs/cli.ipynb #c059
 def run_command(words: list[str]) -> int:
     "Parse and run one command line; its exit code."
     if not words or words[0] in ("-h", "--help"):
-        print(overview())
-        return 0
-    if words[0] == "--version":
-        print(f"skylar {__version__}")
-        return 0
+        return print(overview()) or 0
+    if words == ["--version"]:
+        return print(f"skylar {__version__}") or 0
     name, rest = find_command(words)
     settings = command_parser(name).parse_args(rest).as_dict()
     settings.pop("config", None)
@@ -425,7 +422,7 @@ def run_command(words: list[str]) -> int:
     first = [settings.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     return COMMANDS[name](*first, **settings) or 0
 
-# %% ../nbs/cli.ipynb #c059
+# %% ../nbs/cli.ipynb #c060
 def main(
     argv: list[str] | None = None,  # the words after `skylar`; None: of this process
 ) -> int:  # exit code
