@@ -464,3 +464,15 @@ def test_the_interpreter_ends_quietly_with_an_open_iterator(dataset):
             f"seq_len=8))\nnext(it)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    pytest.importorskip("resource")  # a limit on file sizes plays the full disk
+    code = (f"import sys, resource; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+            f"from test_shards import *\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            f"try:\n    write(['x' * 500] * 400, {str(tmp_path / 'd')!r})\n"
+            f"except OSError as error:\n    print(error)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "cannot write" in done.stdout and "run the same command again" in done.stdout
+    assert not done.stderr and not list((tmp_path / "d").iterdir())

@@ -13,6 +13,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def _update(digest, texts: Iterable[str]) -> int:
         n_bytes += len(data)
     return n_bytes
 
+@contextmanager
+def _writing(path: Path):
+    """Name the file when the disk is full or taken away, and say how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; make room and run the "
+                      "same command again: it goes on after its last finished shard") from None
+
 class _ShardWriter:
     """One shard under a temporary name; `close` checksums it and gives it its name."""
 
@@ -122,15 +132,17 @@ class _ShardWriter:
 
     def write(self, texts: list[str], tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append whole documents."""
-        self.file.write(tokens.tobytes())
+        with _writing(self.path):
+            self.file.write(tokens.tobytes())
         self.lengths.append(lengths)
         self.text_bytes += _update(self.digest, texts)
 
     def close(self) -> dict:
         """Finish the shard: its row of the manifest."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with _writing(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         whole, blocks = _digests(self.part)
         lengths = np.concatenate(self.lengths)
         starts = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes()
@@ -146,7 +158,8 @@ class _ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing half-written."""
-        self.file.close()
+        with suppress(OSError):  # closing flushes, and a full disk says no once more
+            self.file.close()
         self.part.unlink(missing_ok=True)
 
 # %% ../../nbs/00_transformer/02_shards.ipynb #c028
