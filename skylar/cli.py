@@ -41,8 +41,7 @@ def show(rows: list[dict], as_json: bool) -> None:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(in_words, row.values()))
-    wide = max(Console().width, 100)
-    Console(width=wide, force_jupyter=False).print(table)
+    Console(width=100, force_jupyter=False).print(table)
 
 
 def in_words(value) -> str:
