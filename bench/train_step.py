@@ -33,7 +33,7 @@ def theirs_like(config, n_heads: int, d_ff: int) -> GPT2LMHeadModel:
         vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.d_model,
         n_layer=len(config.blocks), n_head=n_heads, n_inner=d_ff, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa",
-        bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+        bos_token_id=0, eos_token_id=0,
     )
     return GPT2LMHeadModel(hf)
 
