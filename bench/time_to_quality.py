@@ -30,7 +30,7 @@ CLASSIC = dict(
 # (0.02 is made for models ten times as wide); bf16 where the processor has it. For windows as
 # short as these, the plain products of attention beat the fused kernel's bf16 backward on a CPU.
 FAST = dict(
-    steps=1400, batch=8, block=64, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1,
+    steps=1450, batch=8, block=64, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.1,
     schedule=ScheduleConfig(kind="cosine", warmup_steps=20, min_ratio=0.0),
     dtype="auto", init_std=0.05, attention=SDPBackend.MATH)
 
