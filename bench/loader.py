@@ -19,7 +19,7 @@ from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training.loss import next_token_loss
 
-TOKENS = 8192  # per batch
+TOKENS = 2048  # per batch
 
 
 def loader_rate(loader: PackedLoader, batches: int = 200) -> float:
@@ -50,7 +50,7 @@ def training_step(vocab_size: int):
     return step
 
 
-def training_rate(step, batch, steps: int = 2) -> float:
+def training_rate(step, batch, steps: int = 1) -> float:
     """Tokens per second of training steps."""
     start = time.perf_counter()
     for _ in range(steps):
@@ -70,14 +70,14 @@ def measure(dataset: ShardDataset, seq_len: int, prefetch: int, step, runs: int)
             "training_tokens_per_s": round(training), "ratio": round(ours / training)}
 
 
-def main(runs: int = 5) -> None:
+def main(runs: int = 3) -> None:
     texts = list(documents("shakespeare"))
     tokenizer = BPETokenizer.train(texts, 8192)
     step = training_step(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         write_shards(texts, tokenizer, folder, progress=False)
         dataset = ShardDataset(folder)
-        rows = [measure(dataset, T, p, step, runs) for T in (128, 256, 1024) for p in (0, 2)]
+        rows = [measure(dataset, T, p, step, runs) for T in (128, 512) for p in (0, 2)]
     record("loader", rows, target="ratio >= 100", runs=runs, model="test preset, bf16, eager, "
            f"vocabulary {tokenizer.vocab_size}", tokens_per_batch=TOKENS)
 
