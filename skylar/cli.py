@@ -85,7 +85,7 @@ def data_tokenize(
 
     prepare_data(source, **settings)
 
-
+# %% ../nbs/cli.ipynb #c046
 def data_verify(
     data: str,  # folder made by `skylar data tokenize`
     /,
@@ -130,7 +130,7 @@ def tokenizer_train(
     bpe.save(out)
     print(f"{out}: {bpe.vocab_size:,} tokens, fingerprint {bpe.fingerprint[:12]}")
 
-# %% ../nbs/cli.ipynb #c047
+# %% ../nbs/cli.ipynb #c048
 def presets(
     *,
     json: bool = False,  # print JSON instead of a table
@@ -163,7 +163,7 @@ def preset_row(name: str) -> dict:
         "context": args["max_seq_len"], "vocabulary": args["vocab_size"],
         "MFLOPs": round(flops / 1e6, 1)}
 
-# %% ../nbs/cli.ipynb #c049
+# %% ../nbs/cli.ipynb #c050
 LEGEND = ("D width, H heads, Dh head width, L layers, F feed-forward width, V "
           "vocabulary; what is left out is as in the preset")
 
@@ -192,7 +192,7 @@ def add_training_flags(parser: Parser) -> None:
     add_flags(schedule, ScheduleConfig, "schedule.")
     parser.set_nested_defaults({"loader": {"batch_size": 16, "seq_len": 256}})
 
-# %% ../nbs/cli.ipynb #c050
+# %% ../nbs/cli.ipynb #c051
 def pretrain(
     *,
     data: str,  # folder made by `skylar data tokenize`
@@ -238,7 +238,7 @@ def given(values: dict) -> dict:
     "Only the flags that were given."
     return {key: value for key, value in values.items() if value is not None}
 
-# %% ../nbs/cli.ipynb #c052
+# %% ../nbs/cli.ipynb #c053
 def generate(
     *,
     model: str,  # folder of a run
@@ -271,7 +271,7 @@ def generate(
         print(piece, end="", flush=True)
     print()
 
-# %% ../nbs/cli.ipynb #c053
+# %% ../nbs/cli.ipynb #c054
 def eval_run(
     *,
     model: str,  # folder of a run
@@ -289,7 +289,7 @@ def eval_run(
 
     show([measure(model, data, batches)], json)
 
-# %% ../nbs/cli.ipynb #c055
+# %% ../nbs/cli.ipynb #c056
 DEMO = {
     "preset": "test",
     "minutes": 4.0,  # a slow machine does fewer steps
@@ -349,7 +349,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     loss_curve(metrics).figure.savefig(picture)
     print(f"loss curve: {picture}\n")
 
-# %% ../nbs/cli.ipynb #c057
+# %% ../nbs/cli.ipynb #c058
 COMMANDS = {
     "data fetch": data_fetch,
     "data tokenize": data_tokenize,
@@ -381,7 +381,7 @@ def command_parser(name: str) -> Parser:
         parser.set_nested_defaults(DEMO)
     return parser
 
-# %% ../nbs/cli.ipynb #c058
+# %% ../nbs/cli.ipynb #c059
 def overview() -> str:
     "What `skylar --help` prints."
     lines = ["usage: skylar COMMAND [--flag value ...]", ""]
@@ -407,7 +407,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     hint = f"did you mean {names}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
 
-# %% ../nbs/cli.ipynb #c059
+# %% ../nbs/cli.ipynb #c060
 def run_command(words: list[str]) -> int:
     "Parse and run one command line; its exit code."
     if not words or words[0] in ("-h", "--help"):
@@ -421,7 +421,7 @@ def run_command(words: list[str]) -> int:
     first = [settings.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     return COMMANDS[name](*first, **settings) or 0
 
-# %% ../nbs/cli.ipynb #c060
+# %% ../nbs/cli.ipynb #c061
 def main(
     argv: list[str] | None = None,  # the words after `skylar`; None: of this process
 ) -> int:  # exit code

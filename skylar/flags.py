@@ -106,7 +106,7 @@ _SHORTER = (
     (r'Parser key "config": ', "--config: "),
 )
 
-
+# %% ../nbs/flags.ipynb #c020
 class Parser(jsonargparse.ArgumentParser):
     "jsonargparse whose complaint is one line, with the nearest flag there is."
 
@@ -155,7 +155,7 @@ class Parser(jsonargparse.ArgumentParser):
         hint = f"did you mean --{near[0]}?" if near else f"see `{self.prog} --help`"
         return f"unknown option --{name}; {hint}"
 
-# %% ../nbs/flags.ipynb #c024
+# %% ../nbs/flags.ipynb #c025
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose a folder on another disk",
     errno.EDQUOT: "free some space, or choose a folder on another disk",

@@ -85,7 +85,7 @@ def prepare_data(
             progress=sys.stderr.isatty())
         print(f"{folder / part}: {made['n_tokens']:,} tokens", flush=True)
 
-
+# %% ../../nbs/runs.ipynb #c011
 def check_recipe(folder: Path, recipe: dict) -> None:
     "Refuse a folder that holds something else; what the same recipe began may stay."
     note = folder / "corpus.json"
@@ -126,7 +126,7 @@ def corpus_tokenizer(folder: Path, recipe: dict) -> BPETokenizer:
         shutil.rmtree(part, ignore_errors=True)
     return bpe
 
-# %% ../../nbs/runs.ipynb #c014
+# %% ../../nbs/runs.ipynb #c015
 def data_parts(folder: str | Path) -> list[Path]:
     "The train and val folders of a data folder."
     parts = [Path(folder) / part for part in ("train", "val")]
@@ -150,7 +150,7 @@ def bytes_per_token(dataset: ShardDataset) -> float:
     "Mean length of a token in bytes of text: turns nats per token into bits per byte."
     return dataset.manifest["text_bytes"] / dataset.n_tokens
 
-# %% ../../nbs/runs.ipynb #c017
+# %% ../../nbs/runs.ipynb #c018
 def check_device(name: str) -> None:
     "Refuse a device that this machine lacks."
     if name == "auto":
@@ -186,7 +186,7 @@ def check_vocabulary(model: int, tokenizer: int, folder: str) -> None:
         raise ValueError(f"model.vocab_size={model}, but the tokenizer of {folder} has "
                          f"{tokenizer} tokens; leave model.vocab_size out")
 
-# %% ../../nbs/runs.ipynb #c021
+# %% ../../nbs/runs.ipynb #c022
 def check_out(settings: dict) -> None:
     "Refuse an output folder that holds something else, or a run with other settings."
     out = Path(settings["out"])
@@ -220,7 +220,7 @@ def stored(settings: dict) -> dict:
     del plain["resume"]
     return plain
 
-# %% ../../nbs/runs.ipynb #c023
+# %% ../../nbs/runs.ipynb #c024
 @dataclass(frozen=True, kw_only=True)
 class Run:
     "All that a training run needs, checked. Nothing is written before `fit`."
@@ -278,7 +278,7 @@ class Run:
         model, loader = CausalLM(self.config), self.loader("train")
         return Trainer(model, loader, next_token_loss, train, **options)
 
-# %% ../../nbs/runs.ipynb #c025
+# %% ../../nbs/runs.ipynb #c026
 def built(config_class, name: str, values: dict):
     "`config_class(**values)`; a complaint begins with the setting's full name."
     try:
@@ -313,7 +313,7 @@ def prepare_run(
     run.loader("train"), run.loader("val")  # refuse data shorter than one window
     return run
 
-# %% ../../nbs/runs.ipynb #c029
+# %% ../../nbs/runs.ipynb #c030
 def steps_in_time(run: Run) -> int:
     "train.steps, or as many as fit into `minutes`; a resumed run keeps its number."
     if run.settings["resume"] and (run.out / "checkpoints" / "latest").exists():
@@ -365,7 +365,7 @@ def outcome(rows: list[dict]) -> dict[str, str]:
         "bits per byte": f"{last['val_bits_per_byte']:.4f}",
     }
 
-# %% ../../nbs/runs.ipynb #c035
+# %% ../../nbs/runs.ipynb #c036
 def is_finished(folder: Path | str) -> bool:
     "True if the run in `folder` has trained all its steps."
     if not Path(folder, "checkpoints", "latest").exists():
@@ -388,7 +388,7 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
     load_weights(folder, model)
     return model.eval(), tokenizer, metadata
 
-# %% ../../nbs/runs.ipynb #c036
+# %% ../../nbs/runs.ipynb #c037
 def measure(
     folder: Path | str,  # a run folder
     data: Path | str | None = None,  # a data folder; None: the one it was trained on
