@@ -37,9 +37,9 @@ def lessons() -> str:
     "The map: lesson, what it builds, seconds, module."
     seconds = {row["lesson"]: row["seconds"] for row in result("lessons")["rows"]}
     rows = []
-    for path in sorted((ROOT / "nbs").rglob("[0-9]*.ipynb")) + [ROOT / "nbs/cli.ipynb"]:
-        if ".ipynb_checkpoints" in path.parts:
-            continue
+    chapters = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"))
+    tools = [ROOT / f"nbs/{name}.ipynb" for name in ("cli", "flags", "runs", "viz")]
+    for path in chapters + tools:
         name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
         link = f"[{path.stem.replace('_', ' ')}]({name})"
         rows.append([link, box["title"], f"{seconds[name]:.0f} s", box["Exports"]])

@@ -331,6 +331,13 @@ def verify_shards(folder: Path | str) -> dict:
     return {"shards": len(manifest["shards"]), **totals}
 
 # %% ../../nbs/00_transformer/02_shards.ipynb #c053
+def _check_tokenizer(folder: Path, theirs: str, ours: str) -> None:
+    """Ids mean nothing under another tokenizer: refuse, by fingerprint."""
+    if theirs != ours:
+        raise ValueError(f"{folder} was tokenised with another tokenizer (fingerprint "
+                         f"{theirs[:12]}, yours is {ours[:12]}); tokenise again with yours")
+
+# %% ../../nbs/00_transformer/02_shards.ipynb #c054
 class ShardDataset:
     """Shards as one long sequence of tokens, memory-mapped: opening reads no token.
 
@@ -343,10 +350,8 @@ class ShardDataset:
         self.n_tokens: int = self.manifest["n_tokens"]
         self.n_documents: int = self.manifest["n_documents"]
         self.vocab_size: int = self.manifest["vocab_size"]
-        if tokenizer is not None and tokenizer.fingerprint != self.manifest["tokenizer"]:
-            raise ValueError(f"{folder} was tokenised with another tokenizer (fingerprint "
-                             f"{self.manifest['tokenizer'][:12]}, yours is "
-                             f"{tokenizer.fingerprint[:12]}); tokenise again with yours")
+        if tokenizer is not None:
+            _check_tokenizer(self.folder, self.manifest["tokenizer"], tokenizer.fingerprint)
         shards = self.manifest["shards"]
         self._tokens = [self._map(s["file"], self.manifest["dtype"], s["tokens"])
                         for s in shards]
@@ -394,7 +399,7 @@ class ShardDataset:
             inner.append(starts[a:b] + offset)
         return first, np.concatenate(inner)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c064
+# %% ../../nbs/00_transformer/02_shards.ipynb #c065
 def _mix(x: np.ndarray, key: np.uint64) -> np.ndarray:
     """A hash of 64-bit integers: the finaliser of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ key) * np.uint64(0xBF58476D1CE4E5B9)
@@ -405,7 +410,7 @@ def round_keys(seed: int, epoch: int, rounds: int = 6) -> np.ndarray:
     """Keys of the Feistel rounds: all that is stored of an epoch's order."""
     return np.random.SeedSequence([seed, epoch]).generate_state(rounds, np.uint64)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c065
+# %% ../../nbs/00_transformer/02_shards.ipynb #c066
 def feistel(
     x: np.ndarray,  # uint64, each below 2^(2 half)
     half: int,  # bits in each half
@@ -418,7 +423,7 @@ def feistel(
         left, right = right, left ^ (_mix(right, key) & mask)
     return (left << shift) | right
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c067
+# %% ../../nbs/00_transformer/02_shards.ipynb #c068
 def permute(
     index: np.ndarray,  # positions 0 <= i < n
     n: int,  # size of the set that is permuted
@@ -438,7 +443,7 @@ def permute(
         todo = x >= n
     return x.astype(np.int64)
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c077
+# %% ../../nbs/00_transformer/02_shards.ipynb #c078
 def pack(
     tokens: np.ndarray,  # (B, T+1) each row's window and the token after it
     first: np.ndarray,  # (B,) number of the document that each row begins in
@@ -458,37 +463,9 @@ def pack(
               "document_ids": documents[:, :-1], "position_ids": positions[:, :-1]}
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
 
-# %% ../../nbs/00_transformer/02_shards.ipynb #c086
-class PackedLoader:
-    """Endless batches of windows of T tokens, reshuffled every epoch, resumable exactly.
-
-    All ranks together hand out one global sequence of windows; this rank takes its share of
-    each step. The whole state is a position in that sequence, so it can be resumed with
-    another batch size or number of ranks. What `prefetch` prepares ahead does not count."""
-
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        *,
-        batch_size: int,  # B: windows per step on this rank
-        seq_len: int,  # T
-        seed: int = 0,  # of the order
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,  # false: in the order of the corpus
-        prefetch: int = 2,  # batches prepared ahead in a thread; 0 = none
-    ):
-        if batch_size < 1 or seq_len < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive "
-                             f"and rank={rank} below world_size={world_size}")
-        self.n_windows = dataset.n_tokens // seq_len
-        if not self.n_windows:
-            raise ValueError(f"the corpus has {dataset.n_tokens:,} tokens, fewer than one "
-                             f"window of seq_len={seq_len}; lower seq_len or add text")
-        self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.shuffle, self.prefetch = shuffle, prefetch
-        self.position = 0  # windows handed out so far, by all ranks, over all epochs
+# %% ../../nbs/00_transformer/02_shards.ipynb #c087
+class _Batches:
+    """The batch at any position, as a pure function of it: threads cannot disturb it."""
 
     @property
     def epoch(self) -> int:
@@ -541,6 +518,38 @@ class PackedLoader:
                 yield ahead.popleft().result()
         finally:
             pool.shutdown()
+
+# %% ../../nbs/00_transformer/02_shards.ipynb #c089
+class PackedLoader(_Batches):
+    """Endless batches of windows of T tokens, reshuffled every epoch, resumable exactly.
+
+    All ranks together hand out one global sequence of windows; this rank takes its share of
+    each step. The whole state is a position in that sequence, so it can be resumed with
+    another batch size or number of ranks. What `prefetch` prepares ahead does not count."""
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        *,
+        batch_size: int,  # B: windows per step on this rank
+        seq_len: int,  # T
+        seed: int = 0,  # of the order
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,  # false: in the order of the corpus
+        prefetch: int = 2,  # batches prepared ahead in a thread; 0 = none
+    ):
+        if batch_size < 1 or seq_len < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive "
+                             f"and rank={rank} below world_size={world_size}")
+        self.n_windows = dataset.n_tokens // seq_len
+        if not self.n_windows:
+            raise ValueError(f"the corpus has {dataset.n_tokens:,} tokens, fewer than one "
+                             f"window of seq_len={seq_len}; lower seq_len or add text")
+        self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.shuffle, self.prefetch = shuffle, prefetch
+        self.position = 0  # windows handed out so far, by all ranks, over all epochs
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:

@@ -94,7 +94,8 @@ def download(
                 file.write(data)
                 advance(len(data))
     if left and part.stat().st_size != int(left) + (start if resumed else 0):
-        raise OSError(f"{target.name}: the connection broke after {part.stat().st_size:,} bytes")
+        size = part.stat().st_size
+        raise OSError(f"{target.name}: the connection broke after {size:,} bytes")
     if (found := sha256_file(part)) != sha256:
         part.unlink()
         raise OSError(f"{target.name}: SHA-256 is {found}, expected {sha256}")

@@ -301,53 +301,8 @@ def _hf_config(specials: list[str]) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c097
-class BPETokenizer:
-    "Byte-level BPE: any text to token ids and back. Make one with `train` or `load`."
-
-    def __init__(
-        self,
-        content: str,  # what tokenizer.json holds
-        name: str = "tokenizer.json",  # what error messages call it
-    ):
-        self._content = content
-        self._rust = _parse(content, name)
-        self._plain = Tokenizer.from_str(content)
-        self._plain.encode_special_tokens = True  # "<eos>" in a text is five characters
-        pad, bos, eos = SPECIAL_TOKENS[:3]
-        self.pad_id: int = self._rust.token_to_id(pad)
-        self.bos_id: int = self._rust.token_to_id(bos)
-        self.eos_id: int = self._rust.token_to_id(eos)
-        self.vocab_size: int = self._rust.get_vocab_size()
-
-    def __reduce__(self):  # worker processes get the file's text
-        return BPETokenizer, (self._content,)
-
-    def __repr__(self) -> str:
-        return f"BPETokenizer({self.vocab_size} tokens, {self.fingerprint[:12]})"
-
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],  # documents, read once, one at a time
-        vocab_size: int = 40_960,  # special tokens + 256 bytes + merges
-        special_tokens: Iterable[str] = SPECIAL_TOKENS,  # they get the first ids
-    ) -> "BPETokenizer":
-        "Learn a vocabulary; a warning says when the texts are too few to fill it."
-        specials = tuple(special_tokens)
-        _check_specials(specials)
-        if vocab_size < (least := 256 + len(specials)):
-            raise ValueError(
-                f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} "
-                f"special tokens need at least {least}"
-            )
-        rust = _train_rust(_check_texts(texts), vocab_size, specials)
-        if (size := rust.get_vocab_size()) < vocab_size:
-            warnings.warn(
-                f"the texts hold only {size - least} merges seen at least twice: the "
-                f"vocabulary is {size}, not {vocab_size}; give more text or ask less",
-                stacklevel=2,
-            )
-        return cls(rust.to_str(pretty=True))
+class _Codec:
+    "Text to ids and back, with the two Rust tokenizers `_rust` and `_plain`."
 
     def encode(
         self,
@@ -406,6 +361,71 @@ class BPETokenizer:
 
         return [spell(i) for i in range(self.vocab_size)]
 
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c099
+def _learn(texts: Iterable[str], vocab_size: int, specials: tuple[str, ...]) -> str:
+    "tokenizer.json of a new vocabulary; a warning says when the texts do not fill it."
+    _check_specials(specials)
+    if vocab_size < (least := 256 + len(specials)):
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} "
+            f"special tokens need at least {least}"
+        )
+    rust = _train_rust(_check_texts(texts), vocab_size, specials)
+    if (size := rust.get_vocab_size()) < vocab_size:
+        warnings.warn(
+            f"the texts hold only {size - least} merges seen at least twice: the "
+            f"vocabulary is {size}, not {vocab_size}; give more text or ask less",
+            stacklevel=3,
+        )
+    return rust.to_str(pretty=True)
+
+
+def _read(path: Path) -> str:
+    "The text of a tokenizer.json, or an error that says what is wrong with it."
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no tokenizer at {path}; make one with `skylar tokenizer train`"
+        )
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is no readable tokenizer.json: {e}") from None
+
+# %% ../../nbs/00_transformer/01_bpe.ipynb #c101
+class BPETokenizer(_Codec):
+    "Byte-level BPE: any text to token ids and back. Make one with `train` or `load`."
+
+    def __init__(
+        self,
+        content: str,  # what tokenizer.json holds
+        name: str = "tokenizer.json",  # what error messages call it
+    ):
+        self._content = content
+        self._rust = _parse(content, name)
+        self._plain = Tokenizer.from_str(content)
+        self._plain.encode_special_tokens = True  # "<eos>" in a text is five characters
+        pad, bos, eos = SPECIAL_TOKENS[:3]
+        self.pad_id: int = self._rust.token_to_id(pad)
+        self.bos_id: int = self._rust.token_to_id(bos)
+        self.eos_id: int = self._rust.token_to_id(eos)
+        self.vocab_size: int = self._rust.get_vocab_size()
+
+    def __reduce__(self):  # worker processes get the file's text
+        return BPETokenizer, (self._content,)
+
+    def __repr__(self) -> str:
+        return f"BPETokenizer({self.vocab_size} tokens, {self.fingerprint[:12]})"
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],  # documents, read once, one at a time
+        vocab_size: int = 40_960,  # special tokens + 256 bytes + merges
+        special_tokens: Iterable[str] = SPECIAL_TOKENS,  # they get the first ids
+    ) -> "BPETokenizer":
+        "Learn a vocabulary; a warning says when the texts are too few to fill it."
+        return cls(_learn(texts, vocab_size, tuple(special_tokens)))
+
     @property
     def fingerprint(self) -> str:
         "SHA-256 of tokenizer.json, as `sha256sum` prints it."
@@ -424,11 +444,4 @@ class BPETokenizer:
     def load(cls, folder: Path | str) -> "BPETokenizer":
         "Open what `save` wrote. FileNotFoundError or ValueError says what is wrong."
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer at {path}; make one with `skylar tokenizer train`"
-            )
-        try:
-            return cls(path.read_bytes().decode(), str(path))
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is no readable tokenizer.json: {e}") from None
+        return cls(_read(path), str(path))

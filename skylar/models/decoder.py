@@ -221,6 +221,7 @@ def gpt2(
     dropout: float = 0.0,  # on embeddings, attention and every block's output
     tie_embeddings: bool = True,  # head = embedding matrix
     bias: bool = True,  # in every linear layer and norm
+    init_std: float = 0.02,  # of the first weights; narrow models like a larger one
 ) -> DecoderConfig:
     """The GPT-2 family: pre-norm blocks, learned positions, GELU (Radford et al. 2019).
 
@@ -259,6 +260,7 @@ def gpt2(
         norm=norm,
         tie_embeddings=tie_embeddings,
         dropout=dropout,
+        init_std=init_std,
     )
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c074

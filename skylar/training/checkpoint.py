@@ -275,7 +275,7 @@ def find_checkpoint(path: Path | str) -> Path:
                 raise ValueError(f"{pointer} names {found}, which is missing; {REMEDY}")
             return found
     if not (path / "manifest.json").exists():
-        raise FileNotFoundError(f"no checkpoint in {path}: train there or mend it")
+        raise FileNotFoundError(f"no checkpoint in {path}; train there or correct the path")
     return path
 
 def load_metadata(path: Path | str) -> dict:
