@@ -6,6 +6,7 @@
 
 import html
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def demo(folder: Path) -> None:
     import lab_page
 
     shutil.copy(folder / "loss.png", IMAGES)
-    text = html.escape((folder / "sample.txt").read_text().strip())
+    command = [sys.executable, "-m", "skylar", "generate", "--model", str(folder / "run"),
+               "--prompt", "ROMEO:\n", "--seed", "1"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = html.escape(said.strip())
     with lab_page.chromium() as browser:
         page = browser.new_page(viewport={"width": 760, "height": 200})
         page.set_content(PAGE.format(text))
