@@ -111,8 +111,10 @@ TABLES = {"lessons": lessons, "bench": bench, "machine": machine}
 def filled(text: str) -> str:
     "`text` with every table made anew."
     for name, make in TABLES.items():
-        mark = rf"(<!-- table {name} -->\n).*?(\n<!-- end {name} -->)"
-        text = re.sub(mark, lambda m, make=make: m[1] + make() + m[2], text, flags=re.DOTALL)
+        mark = rf"(<!-- table {name} -->\n).*?(<!-- end {name} -->)"
+        text, found = re.subn(
+            mark, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
+        assert found == 1, f"README.md has {found} places for the table {name!r}"
     return text
 
 

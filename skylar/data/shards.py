@@ -357,8 +357,7 @@ class ShardDataset:
                         for s in shards]
         self._starts = [self._map(s["file"].replace(".bin", ".idx"), "<i8", s["documents"] + 1)
                         for s in shards]
-        # global number of each shard's first token and first document
-        self._first_token = np.cumsum([0] + [s["tokens"] for s in shards])
+        self._first_token = np.cumsum([0] + [s["tokens"] for s in shards])  # of each shard
         self._first_document = np.cumsum([0] + [s["documents"] for s in shards])
 
     def _map(self, name: str, dtype: str, count: int) -> np.memmap:
