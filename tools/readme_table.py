@@ -43,7 +43,8 @@ def lessons() -> str:
     for path in chapters + tools:
         name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
         link = f"[{path.stem.replace('_', ' ')}]({name})"
-        rows.append([link, box["title"], f"{seconds[name]:.0f} s", box["Exports"]])
+        module = re.search("`skylar/.+?`", box["Exports"])[0]
+        rows.append([link, box["title"], f"{seconds[name]:.0f} s", module])
     header = ["lesson", "what it is about", "runs in", "becomes"]
     return table(header, rows) + f"\n\nAll together: {sum(seconds.values()) / 60:.1f} minutes."
 
