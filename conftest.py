@@ -6,6 +6,7 @@ A lesson's kernel gets the thread count of settings.ini, no display and no model
 import configparser
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent
 INI = configparser.ConfigParser()
 INI.read(ROOT / "settings.ini")
+sys.path.insert(0, str(ROOT / "tools"))  # the runner of lessons
 THREADS = INI["lessons"]["threads"]
 
 # set before any test imports torch: two workers with two threads each are many times slower
@@ -49,20 +51,20 @@ class NotebookItem(pytest.Item):
 
     def runtest(self):
         import nbformat
-        from nbclient import NotebookClient
+        from lessons import LessonClient, refuse_errors
         from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
         nb = nbformat.read(self.path, as_version=4)
         blank_skipped_cells(nb, set(self.config.getoption("--nb-flags").split()))
-        client = NotebookClient(
+        client = LessonClient(
             nb,
             timeout=INI["lessons"].getint("cell_timeout"),
             kernel_name="python3",
             resources={"metadata": {"path": str(self.path.parent)}},
-            store_widget_state=True,
         )
         try:
             client.execute()
+            refuse_errors(nb)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
             raise NotebookError(re.sub(r"\x1b\[[0-9;]*m", "", str(error))) from None
 

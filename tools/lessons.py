@@ -19,6 +19,7 @@ from pathlib import Path
 import nbformat
 from fastcore.nbio import dict2nb, does_cell_eval
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,18 @@ def lessons() -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(ROOT / "nbs").as_posix())
 
 
+class LessonClient(NotebookClient):
+    """Runs a notebook's cells; what a widget draws is output of its cell, like any other.
+
+    nbclient would answer a widget's Output over the channel on which it waits for the cell's
+    own reply, and that reply can then pass unnoticed: the run hangs. Here errors inside a
+    widget's callback are errors of the cell, too, instead of vanishing in the widget.
+    """
+
+    def handle_comm_msg(self, outs, msg, cell_index):
+        "Widgets talk to a page; there is none."
+
+
 def skipped_cells(nb) -> set[int]:
     "Indices of cells that nbdev would not evaluate."
     cells = dict2nb(nb).cells
@@ -51,14 +64,14 @@ def execute(path: Path):
     sources = {i: nb.cells[i].source for i in skip}
     for i in skip:
         nb.cells[i].source = ""
-    client = NotebookClient(
+    client = LessonClient(
         nb,
         timeout=settings().getint("cell_timeout"),
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
-        store_widget_state=True,
     )
     client.execute()
+    refuse_errors(nb)
     for i, source in sources.items():
         nb.cells[i].source = source
     return nb
@@ -72,6 +85,15 @@ def smaller(png: str) -> str:
     return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
 
 
+def refuse_errors(nb) -> None:
+    "An error shown by a widget's callback does not stop a cell; it must not pass."
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                text = "\n".join(output.traceback)
+                raise CellExecutionError(text, output.ename, output.evalue)
+
+
 def tidy(nb):
     "Drop what differs between two identical runs, and widget views that need a kernel."
     count = 0
@@ -79,7 +101,8 @@ def tidy(nb):
         cell.metadata = {k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")}
         if cell.cell_type != "code":
             continue
-        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        if any(WIDGET in o.get("data", {}) for o in cell.outputs):
+            cell.outputs = []  # the static picture beside it stays
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
