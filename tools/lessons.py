@@ -43,7 +43,7 @@ class LessonClient(NotebookClient):
     """Runs a notebook's cells; what a widget draws is output of its cell, like any other.
 
     nbclient would answer a widget's Output over the channel on which it waits for the cell's
-    own reply, and that reply can then pass unnoticed: the run hangs. Here errors inside a
+    own reply; that run hung once, its reply unnoticed (LOG.md). Here errors inside a
     widget's callback are errors of the cell, too, instead of vanishing in the widget.
     """
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from .checkpoint import find_checkpoint, load_checkpoint, load_metadata
-from .checkpoint import load_weights  # noqa: F401 (its other half)
 from .checkpoint import save_checkpoint, seed_everything, write_atomic
 from .optim import AdamWConfig, ScheduleConfig, clip_grad_norm
 
