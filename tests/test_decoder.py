@@ -257,10 +257,10 @@ class RunningMean(nn.Module):
     def __init__(self, d_model: int):
         super().__init__()
         self.o_proj = nn.Linear(d_model, d_model)
-        self.masks = []
+        self.seen = []
 
-    def forward(self, x, mask=None):
-        self.masks.append(mask)
+    def forward(self, x, tokens, cache):
+        self.seen.append(tokens)
         return self.o_proj(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
 
 
@@ -270,8 +270,8 @@ def test_a_decoder_of_a_layer_it_never_heard_of():
     model = CausalLM(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     model(torch.zeros(1, 5, dtype=torch.long), document_ids=torch.zeros(1, 5))
-    masks = [layer.self_attn.masks[0] for layer in model.model.layers]
-    assert masks[0].shape == (1, 1, 5, 5) and all(mask is masks[0] for mask in masks)
+    seen = [layer.self_attn.seen[0] for layer in model.model.layers]
+    assert seen[0].documents.shape == (1, 5) and all(tokens is seen[0] for tokens in seen)
 
 
 @pytest.mark.parametrize("packed", [False, True])

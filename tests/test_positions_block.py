@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from skylar.layers.attention import AttentionConfig
+from skylar.layers.attention import AttentionConfig, Tokens
 from skylar.layers.block import BlockConfig, LayerNormConfig, MLPConfig
 from skylar.layers.positions import (
     LearnedPositionsConfig,
@@ -75,12 +75,11 @@ def block_config(**changes):
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_block_hands_the_mask_to_attention(pre_norm):
+def test_block_hands_its_tokens_to_attention(pre_norm):
     torch.manual_seed(0)
     block, x = block_config(pre_norm=pre_norm).build(16), torch.randn(2, 6, 16)
-    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    torch.testing.assert_close(block(x, causal), block(x))
-    alone = torch.eye(6, dtype=torch.bool)[None, None]
+    torch.testing.assert_close(block(x, Tokens.of(x)), block(x))
+    alone = Tokens.of(x, documents=torch.arange(6).expand(2, -1))  # each its own document
     torch.testing.assert_close(block(x, alone)[:, 3], block(x[:, 3:4])[:, 0])
 
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import Tokens
+
 # %% ../../nbs/00_transformer/05_block.ipynb #c019
 @dataclass(frozen=True, kw_only=True)
 class LayerNormConfig:
@@ -93,19 +95,20 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (B, T, D) the residual stream
-        mask: Tensor | None = None,  # handed to the attention; None: its default
+        tokens: Tokens | None = None,  # where they stand; None: one document a row
+        cache=None,  # handed to the attention, as `tokens` is
     ) -> Tensor:  # (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.input_layernorm(x), mask))
+            x = x + self.dropout(self.self_attn(self.input_layernorm(x), tokens, cache))
             return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-        x = self.input_layernorm(x + self.dropout(self.self_attn(x, mask)))
+        x = self.input_layernorm(x + self.dropout(self.self_attn(x, tokens, cache)))
         return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
 
 # %% ../../nbs/00_transformer/05_block.ipynb #c038
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     "What a block is made of; any attention, feed-forward and norm that fit the width."
-    attention: LayerConfig  # builds a layer called as attention(x, mask)
+    attention: LayerConfig  # builds a layer called as attention(x, tokens, cache)
     ffn: LayerConfig  # builds a layer called as ffn(x)
     norm: LayerConfig = field(default_factory=LayerNormConfig)  # built twice
     dropout: float = 0.0  # on what each half adds to the stream

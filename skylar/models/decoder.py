@@ -8,12 +8,13 @@ __all__ = ['DecoderConfig', 'restarting_positions', 'Decoder', 'init_weights', '
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c002
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention import AttentionConfig, document_mask
+from ..layers.attention import AttentionConfig, Tokens, fused_attention
 from ..layers.block import BlockConfig, LayerConfig, LayerNormConfig, MLPConfig
 from ..layers.block import check_dropout
 from ..layers.positions import LearnedPositionsConfig
@@ -44,6 +45,7 @@ class DecoderConfig:
     tie_embeddings: bool = True  # one (V, D) matrix for both ends
     dropout: float = 0.0  # on the embeddings
     init_std: float = 0.02  # of every weight matrix at the start
+    attend: Callable = fused_attention  # how every block attends: which kernel runs
 
     def __post_init__(self):
         V, D, T = self.vocab_size, self.d_model, self.max_seq_len
@@ -122,20 +124,19 @@ class Decoder(nn.Module):
         input_ids: Tensor,  # (B, T) token ids
         position_ids: Tensor | None = None,  # (B, T); None = from 0 in each document
         document_ids: Tensor | None = None,  # (B, T); None = one document a row
+        cache=None,  # of what was read before; the new tokens are added to it
     ) -> Tensor:  # (B, T, D) hidden states
         "Raises `ValueError` for a wrong shape, a sequence too long or an unknown id."
         _check_shapes(
             self.config, input_ids, position_ids=position_ids, document_ids=document_ids
         )
         x = self._embed(input_ids)  # (B, T, D)
+        tokens = self._tokens(input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
-            if position_ids is None:
-                position_ids = self._positions(input_ids, document_ids)
-            x = x + self.embed_positions(position_ids)
+            x = x + self.embed_positions(tokens.positions)
         x = self.dropout(x)
-        mask = None if document_ids is None else document_mask(document_ids)  # once
-        for layer in self.layers:
-            x = layer(x, mask)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, tokens, None if cache is None else cache[i])
         return self.norm(x)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -146,10 +147,27 @@ class Decoder(nn.Module):
         except IndexError:  # on CPU; a GPU stops with its own device-side assertion
             raise _unknown_token(input_ids, self.config.vocab_size) from None
 
-    def _positions(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
-        if document_ids is None:
-            return torch.arange(input_ids.shape[-1], device=input_ids.device)  # (T,)
-        return restarting_positions(document_ids)  # (B, T)
+    def _tokens(self, input_ids, position_ids, document_ids, cache) -> Tokens:
+        "Where the tokens stand: from the start of a row, or after what the cache holds."
+        T, start = input_ids.shape[1], 0 if cache is None else cache.length
+        if start + T > self.config.max_seq_len:
+            raise ValueError(
+                f"{start} cached and {T} new tokens are more than max_seq_len="
+                f"{self.config.max_seq_len}; crop the text, or build a longer model"
+            )
+        steps = torch.arange(start, start + T, device=input_ids.device)  # (T,)
+        documents = document_ids  # of all tokens up to the last new one
+        if cache is not None:
+            documents = cache.documents_with(document_ids, T)  # (B, start + T)
+        if position_ids is None and documents is not None:
+            position_ids = restarting_positions(documents)[:, start:]  # (B, T)
+        tokens = Tokens(
+            index=steps,
+            positions=steps if position_ids is None else position_ids,
+            documents=None if documents is None else documents[:, start:],
+            attend=self.config.attend,
+        )
+        return tokens if cache is None else cache.read(tokens)
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c056
 # the matrices whose products are added to the residual stream
@@ -204,8 +222,9 @@ class CausalLM(nn.Module):
         input_ids: Tensor,  # (B, T) token ids
         position_ids: Tensor | None = None,  # (B, T); None = from 0 in each document
         document_ids: Tensor | None = None,  # (B, T); None = one document a row
+        cache=None,  # of what was read before; the new tokens are added to it
     ) -> Tensor:  # (B, T, V) logits: scores of the next token
-        return self.lm_head(self.model(input_ids, position_ids, document_ids))
+        return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c068
 def gpt2(
