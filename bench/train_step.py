@@ -1,10 +1,12 @@
-"""Tokens per second of one training step: Skylar's GPT against Hugging Face's GPT-2.
+"""Tokens per second of one training step: Skylar against Hugging Face on the same model.
 
 Same shape, same weights at the start, same batch, same bf16 autocast, same fused AdamW, both
 in this process and in turns. Each side uses its own loss: ours the fused one, theirs `labels=`.
+The `packed` rows compare ours with ours: windows of several documents, which do not see one
+another, against windows of one.
 
-    python bench/train_step.py                    # both shapes, eager and compiled
-    python bench/train_step.py --shapes test --modes eager --rounds 5
+    python bench/train_step.py --family qwen3             # every shape, eager and compiled
+    python bench/train_step.py --family gpt2 --shapes test --modes eager --rounds 5
 """
 
 import argparse
@@ -13,33 +15,62 @@ import time
 
 import torch
 from common import record
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from skylar.models.decoder import CausalLM
-from skylar.models.presets import get_config
+from skylar.models.presets import from_args, resolve
 from skylar.training.loss import next_token_loss
 from skylar.training.optim import AdamWConfig
 
-SHAPES = {  # overrides of the `test` preset (vocabulary 40,960), batch size, sequence length
-    "test": (dict(), 8, 256),
-    "larger": (dict(d_model=256, n_heads=8, n_kv_heads=8, n_layers=6, d_ff=1024), 4, 512),
+SHAPES = {  # family -> name -> overrides of the `test` preset, batch size, sequence length
+    "gpt2": {
+        "test": (dict(), 8, 256),
+        "larger": (dict(d_model=256, n_heads=8, n_kv_heads=8, n_layers=6, d_ff=1024), 4, 512),
+    },
+    "qwen3": {
+        "test": (dict(), 8, 256),
+        "25M": (
+            dict(d_model=384, n_heads=6, n_kv_heads=3, d_head=64, n_layers=6, d_ff=1024), 4, 512
+        ),
+    },
 }
-TARGETS = {"eager": 1.2, "compiled": 1.1}  # tokens/s, ours over theirs
+TARGETS = {  # tokens/s, ours over theirs; for packed: ours over our own unpacked
+    "gpt2": {"eager": 1.2, "compiled": 1.1},
+    "qwen3": {"eager": 1.3, "compiled": 1.0, "packed": 0.9},
+}
+PACKED = 2, 1024  # batch size and sequence length of the packed rows
 
 
-def theirs_like(config, n_heads: int, d_ff: int) -> GPT2LMHeadModel:
+def their_gpt2(args: dict) -> GPT2LMHeadModel:
     """Hugging Face's GPT-2 of the same shape, without dropout, with its fastest attention."""
     hf = GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.max_seq_len, n_embd=config.d_model,
-        n_layer=len(config.blocks), n_head=n_heads, n_inner=d_ff, resid_pdrop=0.0,
+        vocab_size=args["vocab_size"], n_positions=args["max_seq_len"], n_embd=args["d_model"],
+        n_layer=args["n_layers"], n_head=args["n_heads"], n_inner=args["d_ff"], resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa",
         bos_token_id=0, eos_token_id=0,
     )
     return GPT2LMHeadModel(hf)
 
 
+def their_qwen3(args: dict) -> Qwen3ForCausalLM:
+    """Hugging Face's Qwen3 of the same shape, with its fastest attention."""
+    hf = Qwen3Config(
+        vocab_size=args["vocab_size"], max_position_embeddings=args["max_seq_len"],
+        hidden_size=args["d_model"], num_hidden_layers=args["n_layers"],
+        num_attention_heads=args["n_heads"], num_key_value_heads=args["n_kv_heads"],
+        head_dim=args["d_head"], intermediate_size=args["d_ff"], use_cache=False,
+        tie_word_embeddings=args["tie_embeddings"], rms_norm_eps=args["norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": args["rope_theta"]},
+        attn_implementation="sdpa",
+    )
+    return Qwen3ForCausalLM(hf)
+
+
+THEIRS = {"gpt2": their_gpt2, "qwen3": their_qwen3}
+
+
 @torch.no_grad()
-def copy_weights(ours: CausalLM, theirs: GPT2LMHeadModel) -> None:
+def copy_gpt2(ours: CausalLM, theirs: GPT2LMHeadModel) -> None:
     """Give ours the same start; their linear layers are stored transposed, q k v in one."""
     ours.model.embed_tokens.weight.copy_(theirs.transformer.wte.weight)
     ours.model.embed_positions.weight.copy_(theirs.transformer.wpe.weight)
@@ -61,12 +92,28 @@ def copy_weights(ours: CausalLM, theirs: GPT2LMHeadModel) -> None:
         a.bias.copy_(b.bias)
 
 
-def our_step(model, ids, compiled: bool):
+def copy_weights(family: str, ours: CausalLM, theirs) -> None:
+    """The same numbers in both; Qwen3's names are ours."""
+    if family == "gpt2":
+        copy_gpt2(ours, theirs)
+    else:
+        ours.load_state_dict(theirs.state_dict())
+
+
+def batch_of(ids, documents=None) -> dict:
+    """Inputs, and as labels the next tokens, but for the last one of each document."""
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    if documents is None:
+        return {"input_ids": ids, "labels": labels}
+    last = documents[:, :-1] != documents[:, 1:]  # (B, T-1)
+    labels[:, :-1] = labels[:, :-1].masked_fill(last, -100)
+    return {"input_ids": ids, "labels": labels, "document_ids": documents}
+
+
+def our_step(model, batch: dict, compiled: bool):
     """A function that trains `model` one step and returns the mean loss."""
     optimizer = AdamWConfig().build(model)
     objective = torch.compile(next_token_loss) if compiled else next_token_loss
-    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
-    batch = {"input_ids": ids, "labels": labels}
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):
@@ -103,48 +150,89 @@ def seconds(step, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def compare(shape: str, mode: str, rounds: int, steps: int) -> dict:
-    """One row: both sides in turns, medians over rounds, ratio with its quartiles."""
-    overrides, batch, length = SHAPES[shape]
+def in_turns(one, other, rounds: int, steps: int, tokens: int) -> tuple[int, int, dict]:
+    """Tokens/s of both, medians over rounds, and the ratio one over other with quartiles."""
+    times = [(seconds(one, steps), seconds(other, steps)) for _ in range(rounds)]
+    ratios = [b / a for a, b in times]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    speeds = (round(tokens / statistics.median(column)) for column in zip(*times))
+    ratio = {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
+    return *speeds, ratio
+
+
+def compare(family: str, shape: str, mode: str, rounds: int, steps: int) -> dict:
+    """One row against Hugging Face."""
+    overrides, size, length = SHAPES[family][shape]
     torch.manual_seed(0)
     torch.compiler.reset()
-    config = get_config("test", **overrides)
-    mine = CausalLM(config).train()
-    theirs = theirs_like(config, overrides.get("n_heads", 4), overrides.get("d_ff", 256)).train()
-    copy_weights(mine, theirs)
-    ids = torch.randint(config.vocab_size, (batch, length))
-    ours_run = our_step(mine, ids, mode == "compiled")
+    args = resolve("test", family=family, **overrides)
+    mine = CausalLM(from_args(args)).train()
+    theirs = THEIRS[family](args["args"]).train()
+    copy_weights(family, mine, theirs)
+    ids = torch.randint(mine.config.vocab_size, (size, length))
+    ours_run = our_step(mine, batch_of(ids), mode == "compiled")
     theirs_run = their_step(theirs, ids, mode == "compiled")
     for _ in range(3):  # warm-up, and proof that both do the same work
         a, b = ours_run(), theirs_run()
         assert abs(a - b) < 0.02, f"the two sides train differently: {a} and {b}"
-    times = [(seconds(ours_run, steps), seconds(theirs_run, steps)) for _ in range(rounds)]
-    ratios = [b / a for a, b in times]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    ratio, tokens = statistics.median(ratios), batch * length
+    ours, other, ratio = in_turns(ours_run, theirs_run, rounds, steps, size * length)
+    target = TARGETS[family][mode]
     return {
-        "shape": shape, "mode": mode, "batch": f"{batch} x {length}",
-        "skylar_tokens_per_s": round(tokens / statistics.median(a for a, _ in times)),
-        "transformers_tokens_per_s": round(tokens / statistics.median(b for _, b in times)),
-        "ratio": round(ratio, 3), "ratio_quartiles": [round(low, 3), round(high, 3)],
-        "target": TARGETS[mode], "met": ratio >= TARGETS[mode],
+        "family": family, "shape": shape, "mode": mode, "batch": f"{size} x {length}",
+        "skylar_tokens_per_s": ours, "transformers_tokens_per_s": other, **ratio,
+        "target": target, "met": ratio["ratio"] >= target,
+    }
+
+
+def documents_of(size: int, length: int) -> torch.Tensor:
+    """Document numbers of packed windows: lengths of 20 to 500 tokens, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 500, (size, length), generator=generator)
+    ends = lengths.cumsum(1)  # (B, T): far more documents than fit
+    return (torch.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
+
+
+def packed(family: str, shape: str, rounds: int, steps: int) -> dict:
+    """One row: packed documents against undivided windows, both ours, eager."""
+    size, length = PACKED
+    torch.manual_seed(0)
+    args = resolve("test", family=family, **SHAPES[family][shape][0])
+    ids = torch.randint(40_960, (size, length))
+    documents = documents_of(size, length)
+    runs = [our_step(CausalLM(from_args(args)).train(), batch_of(ids, d), False)
+            for d in (documents, None)]
+    for run in runs * 2:
+        run()
+    with_mask, without, ratio = in_turns(*runs, rounds, steps, size * length)
+    target = TARGETS[family]["packed"]
+    return {
+        "family": family, "shape": shape, "mode": "packed", "batch": f"{size} x {length}",
+        "documents": int((documents[:, -1] + 1).sum()), "skylar_tokens_per_s": with_mask,
+        "unpacked_tokens_per_s": without, **ratio, "target": target,
+        "met": ratio["ratio"] >= target,
     }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--modes", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--family", choices=SHAPES, default="qwen3")
+    parser.add_argument("--shapes", nargs="+", help="default: all of the family")
+    parser.add_argument("--modes", nargs="+", help="default: all of the family")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="steps a side takes in each round")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
-    rows = [compare(s, m, args.rounds, args.steps) for s in args.shapes for m in args.modes]
+    rows = [
+        packed(args.family, shape, args.rounds, args.steps) if mode == "packed"
+        else compare(args.family, shape, mode, args.rounds, args.steps)
+        for shape in args.shapes or SHAPES[args.family]
+        for mode in args.modes or TARGETS[args.family]
+    ]
     if args.dry:
         print(*rows, sep="\n")
         return
     record(
-        "train_step", rows, dtype="bfloat16 autocast, fp32 weights",
+        f"train_step_{args.family}", rows, dtype="bfloat16 autocast, fp32 weights",
         optimizer="fused AdamW on both sides", rounds=args.rounds, steps_per_round=args.steps,
         threads=torch.get_num_threads(), cuda="not run: no GPU on the measuring machine",
     )
