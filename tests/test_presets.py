@@ -1,11 +1,58 @@
 """Presets: names resolve to complete, typed, JSON-able arguments; mistakes name the remedy."""
 
+import inspect
 import json
 
 import pytest
 
 from skylar.models.decoder import CausalLM, count_parameters, gpt2
-from skylar.models.presets import FAMILIES, PRESETS, from_args, get_config, resolve
+from skylar.models.presets import (
+    ALIASES,
+    FAMILIES,
+    PRESETS,
+    from_args,
+    get_config,
+    qwen3,
+    resolve,
+)
+
+# D, H, K, Dh, L, F, context in K, theta, tied, true count in millions
+TABLE = {
+    "test": (128, 4, 4, 32, 4, 256, 4, 1e5, True, 5.9),
+    "small": (512, 8, 4, 64, 8, 1024, 8, 5e5, True, 39.9),
+    "small+": (640, 10, 5, 64, 10, 1792, 16, 1e6, True, 72.9),
+    "medium": (768, 12, 4, 64, 12, 2048, 16, 1e6, True, 107.0),
+    "medium+": (1024, 16, 4, 64, 18, 2816, 16, 1e6, True, 244.9),
+    "large": (1024, 16, 4, 64, 28, 2816, 16, 5e6, True, 357.6),
+    "gold": (1280, 10, 2, 128, 20, 3456, 16, 1e6, True, 396.6),
+    "1b": (1536, 16, 4, 96, 32, 5120, 32, 5e6, True, 1006.7),
+    "4b": (2560, 32, 8, 128, 36, 9728, 32, 1e6, True, 3738.4),
+    "8b": (4096, 32, 8, 128, 36, 12288, 32, 1e6, False, 7281.6),
+    "14b": (5120, 40, 8, 128, 40, 17408, 32, 1e6, False, 13631.9),
+    "32b": (5120, 64, 8, 128, 64, 25600, 128, 1e6, False, 31625.7),
+    "64b": (8192, 64, 8, 128, 72, 28672, 128, 1e6, False, 62278.2),
+    "96b": (10240, 80, 8, 128, 80, 32768, 128, 1e6, False, 99826.1),
+    "128b": (11264, 88, 8, 128, 92, 32768, 128, 1e6, False, 128263.9),
+}
+
+
+def test_the_fifteen_presets():
+    assert list(PRESETS) == list(TABLE) and len(PRESETS) == 15
+    assert {family for family, _ in PRESETS.values()} == {"qwen3"}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_preset_is_what_the_table_says(name):
+    D, H, K, Dh, L, F, context, theta, tied, millions = TABLE[name]
+    config = get_config(name)
+    block = config.blocks[0]
+    heads = block.attention
+    assert (config.d_model, heads.n_heads, heads.n_kv_heads, heads.d_head) == (D, H, K, Dh)
+    assert (len(config.blocks), block.ffn.d_ff) == (L, F)
+    assert (config.max_seq_len, heads.rope.theta) == (context * 1024, theta)
+    assert config.tie_embeddings is tied and config.vocab_size == 40_960
+    assert heads.qk_norm is not None and heads.rope.scaling is None
+    assert count_parameters(config) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -14,27 +61,48 @@ def test_every_preset_resolves_and_survives_json(name):
     assert from_args(json.loads(json.dumps(resolved))) == get_config(name)
 
 
-def test_the_test_preset():
-    config = get_config("test")
-    assert 6_000_000 < count_parameters(config) < 6_500_000
-    assert config.vocab_size == 40_960 and config.max_seq_len == 4096
-    assert config.d_model == 128 and len(config.blocks) == 4
-    block = config.blocks[0]
-    assert (block.attention.n_heads, block.attention.d_head, block.ffn.d_ff) == (4, 32, 256)
-
-
 def test_names_in_any_case_and_overrides():
     assert resolve("TEST", D_Model=64, d_head=16) == resolve("test", d_model=64, d_head=16)
     config = get_config("Test", vocab_size=100, dropout=0)
     assert config.vocab_size == 100 and config.dropout == 0.0
     assert PRESETS["test"][1]["vocab_size"] == 40_960  # untouched
+    assert resolve("4B") == resolve("4b")
+
+
+def test_aliases():
+    assert ALIASES == {"small_plus": "small+", "medium_plus": "medium+"}
+    assert resolve("small_plus") == resolve("small+") == resolve("Small_Plus")
+    assert resolve("MEDIUM_PLUS") == resolve("medium+")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_in_every_family(name, family):
+    "What a family does not have is left out, what it has is kept."
+    resolved = resolve(name, family=family.upper())
+    assert resolved["family"] == family
+    args = resolved["args"]
+    assert args.keys() == inspect.signature(FAMILIES[family]).parameters.keys()
+    preset = PRESETS[name][1]
+    shared = (preset.keys() & args.keys()) - ({"n_kv_heads"} if family == "gpt2" else set())
+    assert all(args[key] == preset[key] for key in shared)
+    assert from_args(json.loads(json.dumps(resolved))) == get_config(name, family=family)
 
 
 def test_resolved_arguments_are_complete():
     "A default that changes later does not change a model stored today."
-    resolved = resolve("test")
-    assert resolved["args"].keys() == gpt2.__kwdefaults__.keys()
+    assert resolve("test")["args"].keys() == qwen3.__kwdefaults__.keys()
+    assert resolve("test", family="gpt2")["args"].keys() == gpt2.__kwdefaults__.keys()
     assert type(resolve("test", dropout=0)["args"]["dropout"]) is float
+
+
+def test_what_is_resolved_shares_nothing_with_what_was_given():
+    stretch = {"rope_type": "linear", "factor": 2.0}
+    resolved = resolve("test", rope_scaling=stretch)
+    stretch["factor"] = 99.0
+    assert resolved["args"]["rope_scaling"]["factor"] == 2.0
+    resolved["args"]["d_model"] = 1
+    assert resolve("test")["args"]["d_model"] == 128
 
 
 def test_a_stored_description_builds_the_same_shapes():
@@ -46,9 +114,14 @@ def test_a_stored_description_builds_the_same_shapes():
 
 
 MISTAKES = [
-    (dict(n_layer=3), "unknown gpt2 argument 'n_layer'; did you mean n_layers"),
+    (dict(n_layer=3), "unknown qwen3 argument 'n_layer'; did you mean n_layers"),
     (dict(vocabsize=3), "did you mean vocab_size"),
-    (dict(colour="red"), "unknown gpt2 argument 'colour'; choose from vocab_size, d_model"),
+    (dict(rope_thete=3.0), "did you mean rope_theta"),
+    (dict(colour="red"), "unknown qwen3 argument 'colour'; choose from vocab_size, d_model"),
+    (dict(window=4), "unknown qwen3 argument 'window'; choose from"),
+    (dict(family="gpt2", rope_theta=1e4), "unknown gpt2 argument 'rope_theta'; choose from"),
+    (dict(family="gpt2", n_kv_heads=2), "gpt2 shares no key-value heads"),
+    (dict(family="lama3"), "unknown family 'lama3'; did you mean llama3"),
     (dict(d_model="128"), "d_model='128' is a str; d_model must be int"),
     (dict(D_MODEL="128"), "d_model='128' is a str; d_model must be int"),
     (dict(n_layers=4.0), "n_layers=4.0 is a float; n_layers must be int"),
@@ -57,8 +130,13 @@ MISTAKES = [
     (dict(d_head="x"), "d_head must be int or None"),
     (dict(bias=1), "bias=1 is a int; bias must be bool"),
     (dict(dropout="0.1"), "dropout must be float"),
+    (dict(rope_scaling="yarn"), "rope_scaling='yarn' is a str; rope_scaling must be dict or None"),
+    (dict(rope_scaling={"rope_type": "yarm", "factor": 2.0}), "yarm"),
+    (dict(family="skylar", ffn=2), "ffn=2 is a int; ffn must be str"),
+    (dict(family="skylar", ffn="gelu"), "unknown ffn 'gelu'"),
     (dict(n_layers=-1), "n_layers=-1 is not a size"),
     (dict(d_model=130, d_head=None), "d_model=130 is not divisible by n_heads=4"),
+    (dict(n_kv_heads=3), "n_kv_heads=3"),
     (dict(d_model=64, D_model=32), "d_model is given twice"),
 ]
 
@@ -73,7 +151,7 @@ def test_mistakes_are_refused_in_one_line(overrides, message):
 def test_unknown_names():
     with pytest.raises(ValueError, match="unknown preset 'tset'; did you mean test"):
         get_config("tset")
-    with pytest.raises(ValueError, match="unknown preset 'zzz'; choose from test"):
+    with pytest.raises(ValueError, match="unknown preset 'zzz'; choose from test, small"):
         get_config("zzz")
     with pytest.raises(ValueError, match="unknown preset None"):
         get_config(None)

@@ -15,11 +15,10 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from ..layers.block import BlockConfig
-from ..layers.ffn import SwiGLUConfig
 from ..layers.gqa import GQAConfig, Window
 from ..layers.masks import attend
 from ..layers.norm import RMSNormConfig
-from ..layers.rope import RoPEConfig
+from ..layers.rope import RoPEConfig, read_scaling, write_scaling
 from .decoder import DecoderConfig, _require_positive, count_parameters, gpt2
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c003
@@ -40,20 +39,6 @@ def _ffns() -> dict:
     if hasattr(ffn, "ReLU2Config"):
         found["relu2"] = ffn.ReLU2Config
     return found
-
-
-def _read_scaling(rope_scaling):
-    if rope_scaling is None:
-        return None
-    from skylar.layers.rope import read_scaling
-    return read_scaling(rope_scaling)
-
-
-def _write_scaling(scaling):
-    if scaling is None:
-        return None
-    from skylar.layers.rope import write_scaling
-    return write_scaling(scaling)
 
 
 def _dense(
@@ -80,7 +65,7 @@ def _dense(
             n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
             d_head=d_model // n_heads if d_head is None else d_head,
             bias=bias,
-            rope=RoPEConfig(theta=rope_theta, scaling=_read_scaling(rope_scaling)),
+            rope=RoPEConfig(theta=rope_theta, scaling=read_scaling(rope_scaling)),
             qk_norm=norm if qk_norm else None,
             window=view,
             dropout=dropout,
@@ -264,9 +249,8 @@ def resolve(
     gpt2). Raises `ValueError` for an unknown name or argument (with the nearest ones), a
     wrong type, or sizes that do not fit together.
     """
-    known = [*PRESETS, *(key for key in ALIASES if str(name).lower() == key)]
-    name = _find(name, known, "preset")
-    own, preset = PRESETS[ALIASES.get(name, name)]
+    name = ALIASES.get(str(name).lower(), name)
+    own, preset = PRESETS[_find(name, PRESETS, "preset")]
     family = own if family is None else _find(family, FAMILIES, "family")
     defaults = _defaults(family)
     preset = {key: value for key, value in preset.items() if key in defaults}
@@ -308,7 +292,7 @@ def _arguments(config: DecoderConfig) -> dict[str, Any]:
         "norm_eps": getattr(config.norm, "eps", None),
         "qk_norm": bool(parts.get("qk_norm")),
         "rope_theta": getattr(rope, "theta", None),
-        "rope_scaling": _write_scaling(getattr(rope, "scaling", None)),
+        "rope_scaling": write_scaling(getattr(rope, "scaling", None)),
         "ffn": next((n for n, f in _ffns().items() if isinstance(block.ffn, f)), None),
         "window": None,
     }
