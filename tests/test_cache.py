@@ -14,7 +14,7 @@ from skylar.layers.cache import GrowingCache, KVCache, LayerCache, layer_cache
 from skylar.layers.gqa import GQAConfig, Window
 from skylar.layers.norm import RMSNormConfig
 from skylar.layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
-from skylar.models.decoder import CausalLM, Decoder, DecoderConfig, gpt2
+from skylar.models.decoder import CausalLM, DecoderConfig, gpt2
 
 D, MAX_LEN = 48, 96
 MHA = AttentionConfig(n_heads=4)
@@ -91,3 +91,417 @@ def test_cached_is_uncached(layer, positions, capacity):
     for chunks in chunkings(40, seed=len(layer)):
         logits = read(model, ids, cache_of(model, 2, capacity), chunks)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_decoders(seed):
+    """Layers of several kinds in one decoder, any widths, any pieces: float32 to 1e-5."""
+    pick = random.Random(seed)
+    blocks = tuple(
+        BlockConfig(attention=pick.choice(list(LAYERS.values())), ffn=MLPConfig(d_ff=D),
+                    norm=LayerNormConfig())
+        for _ in range(pick.randint(1, 4)))
+    model = build(blocks, pick.choice(list(POSITIONS.values())), dtype=torch.float32, seed=seed)
+    batch, length = pick.randint(1, 3), pick.randint(1, MAX_LEN)
+    ids = ids_of(model, batch, length, seed=seed)
+    expected = model(ids)
+    for chunks in chunkings(length, seed):
+        cache = cache_of(model, batch, pick.choice([None, length, MAX_LEN]))
+        logits = read(model, ids, cache, chunks)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+        assert cache.length == length
+
+
+def greedy(model, ids, n, cache=None, **first):
+    """`n` more tokens: everything read again each time, or with a cache only what is new."""
+    out, logits = ids, model(ids, cache=cache, **first)
+    for _ in range(n):
+        token = logits[:, -1:].argmax(-1)
+        out = torch.cat([out, token], dim=1)
+        logits = model(out if cache is None else token, cache=cache)
+    return out
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_same_greedy_tokens(layer):
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN), dtype=torch.float32)
+    ids = ids_of(model, 3, 10)
+    assert torch.equal(greedy(model, ids, 60, cache_of(model, 3)), greedy(model, ids, 60))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_bfloat16(layer):
+    model = build(LAYERS[layer], dtype=torch.bfloat16)
+    ids = ids_of(model, 2, 30)
+    logits = read(model, ids, cache_of(model, 2, 30), [10] + [1] * 20)
+    assert logits.dtype == torch.bfloat16
+    exact = build(LAYERS[layer]).double()(ids)
+    error = (logits.double() - exact).abs().mean()
+    assert error < 1.5 * (model(ids).double() - exact).abs().mean()  # no worse than uncached
+
+
+# --- batches ---
+
+
+def padded(rows, side):
+    """Rows of unlike length as one batch (B, T), and its mask: 1 = a token, 0 = padding."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), 7)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
+
+
+def rows_of(model, *lengths):
+    return [ids_of(model, n, seed=n) for n in lengths]
+
+
+@pytest.mark.parametrize("capacity", [None, 60])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_left_padded_batch_is_one_row_at_a_time(layer, positions, capacity):
+    model = build(LAYERS[layer], POSITIONS[positions])
+    rows = rows_of(model, 3, 17, 40, 1)
+    ids, mask = padded(rows, "left")
+    out = greedy(model, ids, 20, cache_of(model, 4, capacity), document_ids=mask)
+    for row, found in zip(rows, out):
+        assert torch.equal(found[40 - len(row):], greedy(model, row[None], 20)[0])
+
+
+@pytest.mark.parametrize("layer", [n for n in LAYERS if "window" not in n])
+def test_right_padded_batch_is_one_row_at_a_time(layer):
+    """Behind right padding a token's place must be told: it does not follow the last one."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    rows = rows_of(model, 3, 17, 40, 1)
+    ids, mask = padded(rows, "right")
+    cache, lengths = cache_of(model, 4, 60), mask.sum(1, keepdim=True)  # (B, 1)
+    logits = model(ids, document_ids=mask, cache=cache)[torch.arange(4), lengths[:, 0] - 1]
+    new = []
+    for step in range(20):
+        new.append(logits.argmax(-1, keepdim=True))  # (B, 1)
+        logits = model(
+            new[-1], position_ids=lengths + step, document_ids=torch.ones_like(lengths),
+            cache=cache)[:, -1]
+    for row, found in zip(rows, torch.cat(new, dim=1)):
+        assert torch.equal(found, greedy(model, row[None], 20)[0, len(row):])
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_packed_documents_go_on(layer, seed):
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    ids = ids_of(model, 2, 70, seed=seed)
+    starts = torch.rand(2, 70, generator=torch.Generator().manual_seed(seed)) < 0.1
+    documents = starts.long().cumsum(1)
+    expected = model(ids, document_ids=documents)
+    for chunks in chunkings(70, seed):
+        logits = read(model, ids, cache_of(model, 2), chunks, document_ids=documents)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+
+
+def test_the_last_document_goes_on_by_itself():
+    model = build(MHA, LearnedPositionsConfig(max_len=MAX_LEN))
+    ids, documents = ids_of(model, 2, 30), torch.tensor([[4] * 12 + [5] * 18, [1] * 30])
+    cache = cache_of(model, 2)
+    first = model(ids[:, :20], document_ids=documents[:, :20], cache=cache)
+    rest = read(model, ids[:, 20:], cache, [1, 5, 4])
+    expected = model(ids, document_ids=documents)
+    torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=0, atol=1e-11)
+
+
+def test_given_positions_are_remembered():
+    """Sinks look at the position of old keys: the cache must have kept it."""
+    model = build(LAYERS["window, sinks"])
+    ids = ids_of(model, 2, 80)
+    positions = torch.stack([torch.arange(80), torch.arange(80).flip(0)])
+    logits = read(model, ids, cache_of(model, 2), [7] + [1] * 73, position_ids=positions)
+    expected = model(ids, position_ids=positions)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+
+
+# --- going back, changing rows ---
+
+
+@pytest.mark.parametrize("capacity", [None, 50])
+def test_crop_goes_back(capacity):
+    model = build(MHA, LearnedPositionsConfig(max_len=MAX_LEN))
+    ids = ids_of(model, 2, 50)
+    cache = cache_of(model, 2, capacity)
+    read(model, ids_of(model, 2, 50, seed=1)[:, :40].index_copy(
+        1, torch.arange(15), ids[:, :15]), cache, [40])
+    cache.crop(15)
+    assert cache.length == 15
+    logits = read(model, ids[:, 15:], cache, [20, 15])
+    torch.testing.assert_close(logits, model(ids)[:, 15:], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_reset_forgets_everything(layer):
+    """Padded batch, then plain text, then a padded batch again in the same memory."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    cache = cache_of(model, 2, 40)
+    memory = cache[0].keys.data_ptr()
+    ids, mask = padded(rows_of(model, 20, 9), "left")
+    padded_answer = greedy(model, ids, 20, document_ids=mask, cache=cache_of(model, 2, 40))
+    for _ in range(2):
+        cache.reset()
+        assert torch.equal(
+            greedy(model, ids, 20, cache, document_ids=mask), padded_answer)
+        cache.reset()
+        assert torch.equal(greedy(model, ids, 20, cache), greedy(model, ids, 20))
+    assert cache[0].keys.data_ptr() == memory
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 2], [0], [1, 1, 0, 2, 0]])
+def test_reorder_moves_rows(layer, rows):
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    ids, mask = padded(rows_of(model, 20, 9, 14), "left")
+    cache = cache_of(model, 3, 40)
+    greedy(model, ids, 0, cache, document_ids=mask)
+    cache.reorder(torch.tensor(rows))
+    new = ids_of(model, len(rows), 20, seed=5)
+    logits = read(model, new, cache, [1, 4, 15])
+    whole = model(
+        torch.cat([ids[rows], new], 1),
+        document_ids=torch.cat([mask[rows], torch.ones_like(new)], 1))
+    torch.testing.assert_close(logits, whole[:, 20:], rtol=0, atol=1e-11)
+
+
+def test_one_prompt_many_answers():
+    """The prompt is read once, its memory copied for each answer."""
+    model = build(MHA)
+    prompt, answers = ids_of(model, 1, 20), ids_of(model, 5, 12, seed=2)
+    cache = cache_of(model, 1)
+    model(prompt, cache=cache)
+    cache.reorder(torch.zeros(5, dtype=torch.long))
+    logits = read(model, answers, cache, [12])
+    expected = model(torch.cat([prompt.expand(5, -1), answers], 1))[:, 20:]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["prefill", "decode"])
+@pytest.mark.parametrize("layer", ["mha", "gqa"])
+def test_an_interrupted_call_leaves_nothing(layer, first, monkeypatch):
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    ids = ids_of(model, 2, 40)
+    cache = cache_of(model, 2, 40)
+    done = [] if first else [model(ids[:, :10], cache=cache)]
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids_of(model, 2, 8, seed=3), cache=cache)
+    assert cache.length == (0 if first else 10)
+    done.append(read(model, ids[:, cache.length:], cache, [5] + [1] * (35 - cache.length)))
+    torch.testing.assert_close(torch.cat(done, 1), model(ids), rtol=0, atol=1e-11)
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+# --- refusals: one clear line, and nothing has changed ---
+
+
+def wrong_batch(model, cache):
+    model(ids_of(model, 3, 2), cache=cache)
+
+
+def broadcastable_batch(model, cache):
+    """One row would quietly be copied to both."""
+    model(ids_of(model, 1, 2), cache=cache)
+
+
+def too_many(model, cache):
+    model(ids_of(model, 2, 31), cache=cache)
+
+
+def too_many_with_documents(model, cache):
+    model(ids_of(model, 2, 31), document_ids=torch.ones(2, 31).long(), cache=cache)
+
+
+def late_documents(model, cache):
+    model(ids_of(model, 2, 3), document_ids=torch.ones(2, 3).long(), cache=cache)
+
+
+def wrong_batch_of_positions(model, cache):
+    ids = ids_of(model, 3, 2)
+    model(ids, position_ids=torch.full_like(ids, 3), cache=cache)
+
+
+def wrong_dtype(model, cache):
+    build(MHA, dtype=torch.bfloat16)(ids_of(model, 2, 2), cache=cache)
+
+
+def another_model(model, cache):
+    build(AttentionConfig(n_heads=3, d_head=12))(ids_of(model, 2, 2), cache=cache)
+
+
+def with_gradients(model, cache):
+    with torch.enable_grad():
+        model(ids_of(model, 2, 2), cache=cache)
+
+
+def crop_forward(model, cache):
+    cache.crop(11)
+
+
+def crop_below_nothing(model, cache):
+    cache.crop(-1)
+
+
+REFUSALS = {
+    wrong_batch: "batch",
+    broadcastable_batch: "batch",
+    too_many: "capacity=40",
+    too_many_with_documents: "capacity=40|from the first call",
+    late_documents: "from the first call",
+    wrong_batch_of_positions: "batch_size=2",
+    wrong_dtype: "bfloat16.*float64",
+    another_model: "config",
+    with_gradients: "no_grad",
+    crop_forward: "holds 10",
+    crop_below_nothing: "holds 10",
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSALS, ids=lambda f: f.__name__)
+def test_refusal(mistake):
+    model = build(MHA)
+    ids = ids_of(model, 2, 40)
+    cache = cache_of(model, 2, 40)
+    first = model(ids[:, :10], cache=cache)
+    with pytest.raises(ValueError, match=REFUSALS[mistake]) as error:
+        mistake(model, cache)
+    assert "\n" not in str(error.value)
+    assert cache.length == 10
+    rest = read(model, ids[:, 10:], cache, [30])
+    torch.testing.assert_close(torch.cat([first, rest], 1), model(ids), rtol=0, atol=1e-11)
+
+
+def test_wrong_batch_with_documents_is_refused():
+    model = build(MHA)
+    ids = ids_of(model, 3, 5)
+    for cache in (cache_of(model, 2), cache_of(model, 2, 40)):
+        with pytest.raises(ValueError, match="batch_size=2"):
+            model(ids, document_ids=torch.ones_like(ids), cache=cache)
+        model(ids[:2], cache=cache)
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": 1, "capacity": 0}])
+def test_impossible_sizes(sizes):
+    name, value = list(sizes.items())[-1]
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        KVCache(gpt2(n_layers=1), **sizes)
+
+
+def test_longer_than_the_model_is_refused():
+    model = build(MHA)
+    cache = cache_of(model)
+    read(model, ids_of(model, 1, MAX_LEN), cache, [MAX_LEN - 1, 1])
+    with pytest.raises(ValueError, match=f"max_seq_len={MAX_LEN}"):
+        model(ids_of(model, 1, 1), cache=cache)
+
+
+# --- memory and speed ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, d_head", [(4, 4, 12), (4, 2, 8), (6, 1, 20)])
+def test_bytes_by_formula(heads, kv_heads, d_head, dtype):
+    L, S, B = 3, 33, 5
+    attention = GQAConfig(n_heads=heads, n_kv_heads=kv_heads, d_head=d_head)
+    config = build(attention, n_layers=L).config
+    formula = 2 * L * kv_heads * d_head * S * B * dtype.itemsize
+    assert KVCache(config, B, S, dtype).nbytes == formula
+    assert KVCache(config, B, S, dtype, "meta").nbytes == formula  # without the memory
+
+
+def test_growing_holds_at_most_twice_what_it_needs():
+    cache = GrowingCache(1, 2, 4, capacity=1)
+    k, moves, where = torch.zeros(1, 2, 1, 4), 0, cache.keys.data_ptr()
+    for n in range(1, 300):
+        tokens = type("Tokens", (), {"past": None})
+        keys, values, _ = cache.update(k + n, k - n, tokens)
+        moves, where = moves + (cache.keys.data_ptr() != where), cache.keys.data_ptr()
+        assert keys[0, 1, :, 2].tolist() == list(range(1, n + 1))
+        assert values[0, 1, :, 2].tolist() == list(range(-1, -n - 1, -1))
+        assert cache.keys.shape[2] <= max(2 * n, 1)
+    assert moves <= 9  # 2, 4, ..., 512
+
+
+class Ops(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_plain_token_costs_the_cache_one_slice():
+    model = build(MHA)
+    cache = cache_of(model, 2, 40)
+    model(ids_of(model, 2, 10), cache=cache)
+    tokens = model.model._tokens(ids_of(model, 2, 1), None, None, None)
+    with Ops() as ops:
+        assert cache.documents_with(None, 1) is None
+        past = cache.read(tokens).past
+    assert ops.names == ["slice"]
+    assert past.index.tolist() == list(range(11)) and past.documents is None
+    k = torch.zeros(2, 4, 1, 12, dtype=torch.float64)
+    with Ops() as ops:
+        cache[0].update(k, k, tokens)
+    assert set(ops.names) <= {"slice", "copy_"} and ops.names.count("copy_") == 2
+
+
+def test_the_prompt_is_read_as_without_a_cache():
+    """First call: same tokens object, so that the causal kernel without a mask can run."""
+    model = build(MHA)
+    cache = cache_of(model, 2, 40)
+    tokens = model.model._tokens(ids_of(model, 2, 10), None, None, cache)
+    k = torch.zeros(2, 4, 10, 12, dtype=torch.float64)
+    keys, _, seen = cache[0].update(k, k, tokens)
+    assert keys is k and seen is tokens
+
+
+def test_compiled_without_a_cache():
+    model = build(LAYERS["gqa, qk-norm"])
+    ids = ids_of(model, 2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=0, atol=1e-11)
+
+
+def test_inference_mode():
+    model = build(MHA)
+    ids, cache = ids_of(model, 1, 20), cache_of(model, 1, 20)
+    with torch.inference_mode():
+        logits = read(model, ids, cache, [10, 1, 9])
+    torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-11)
+
+
+def test_a_decoder_without_a_head():
+    model = build(MHA)
+    ids, cache = ids_of(model, 1, 20), cache_of(model)
+    hidden = torch.cat([model.model(ids[:, :13], cache=cache),
+                        model.model(ids[:, 13:], cache=cache)], 1)
+    torch.testing.assert_close(hidden, model.model(ids), rtol=0, atol=1e-11)
+
+
+def test_an_attention_config_may_bring_its_own_cache():
+    class Own(AttentionConfig):
+        def cache(self, d_model, batch_size, capacity, dtype, device):
+            made.append((d_model, batch_size, capacity, dtype, device))
+            return layer_cache(self, d_model, batch_size, capacity, dtype, device)
+
+    made = []
+    model = build(Own(n_heads=4))
+    cache = KVCache(model.config, 2, 40, torch.float64)
+    assert made == [(D, 2, 40, torch.float64, None)] * 2
+    assert len(cache) == 2 and isinstance(cache[1], LayerCache)
