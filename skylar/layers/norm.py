@@ -11,12 +11,39 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c003
+class _RMSNorm(torch.autograd.Function):
+    "RMSNorm with its gradient written by hand: few passes over memory, float32 inside."
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1) = 1 / rms
+        ctx.save_for_backward(x, weight, r)
+        return (h * r).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, r = ctx.saved_tensors
+        g, unit = grad.to(r.dtype), x.to(r.dtype) * r
+        product = g * unit
+        grad_weight = product.flatten(0, -2).sum(0)
+        along = product.mul_(weight).mean(-1, keepdim=True)  # how much g weight is along x
+        grad_x = torch.addcmul(g * weight, unit, along, value=-1).mul_(r)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c004
 class RMSNorm(nn.Module):
     "x / rms(x) * weight, the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4)."
 
-    def __init__(self, d_model: int, eps: float = 1e-6):
+    def __init__(
+        self,
+        d_model: int,  # D
+        eps: float = 1e-6,  # keeps the division finite for a vector of zeros
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
         self.eps = eps
@@ -25,20 +52,27 @@ class RMSNorm(nn.Module):
         self,
         x: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D), dtype of x
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.shape[-1:] != self.weight.shape:  # a width of 1 would broadcast silently
+            raise ValueError(
+                f"x is (..., {x.shape[-1] if x.ndim else ''}), the norm was built for "
+                f"d_model={len(self.weight)}")
+        if torch.is_grad_enabled():
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, None, self.eps).mul_(self.weight)
 
-# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c004
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c005
 @dataclass(frozen=True, kw_only=True)
 class RMSNormConfig:
     "Scale each token's vector to root mean square 1, then by a learned gain."
-    eps: float = 1e-6
+
+    eps: float = 1e-6  # added to the mean of squares
 
     def __post_init__(self):
-        if self.eps <= 0:
+        if not 0 < self.eps < float("inf"):
             raise ValueError(f"eps={self.eps} must be positive, such as 1e-6")
 
     def build(
         self,
         d_model: int,  # D
-    ) -> RMSNorm:
+    ) -> RMSNorm:  # (..., D) -> (..., D)
         return RMSNorm(d_model, self.eps)
