@@ -30,7 +30,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         g, unit = grad.to(r.dtype), x.to(r.dtype) * r
         product = g * unit
-        grad_weight = product.flatten(0, -2).sum(0)
+        grad_weight = product.reshape(-1, len(weight)).sum(0)
         along = product.mul_(weight).mean(-1, keepdim=True)  # how much g weight is along x
         grad_x = torch.addcmul(g * weight, unit, along, value=-1).mul_(r)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
