@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import TemplateError, ext, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from .tokenizer import BPETokenizer
 
@@ -123,15 +123,15 @@ def decode_stream(
     ids: Iterable[int],  # that come one at a time
 ) -> Iterator[str]:  # pieces that join to the text of all ids
     "Text as the ids come; what may be half a character is held back until it is whole."
-    window, shown = [], 0  # ids whose text may change; how much of it is out already
+    before, waiting, shown = [], [], 0  # `shown` characters of the text of `before`
     for i in ids:
-        window.append(i)
-        text = decode(window)
+        waiting.append(i)
+        text = decode(before + waiting)  # beside its neighbours: alone it may lose a space
         if len(text) > shown and not text.endswith("\ufffd"):
             yield text[shown:]
-            window = [i]  # what follows is decoded beside its neighbour, not alone
-            shown = len(decode(window))
-    yield decode(window)[shown:]
+            before, waiting = waiting, []
+            shown = len(decode(before))
+    yield decode(before + waiting)[shown:]
 
 # %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c007
 def _control_tokens(added: list[dict], template: str | None) -> dict[str, int]:
@@ -286,10 +286,8 @@ class _Reader:
 
     @cached_property
     def prefix_ids(self) -> list[int]:
-        "What this model's texts begin with: <bos>, or nothing."
-        if self._adds_bos and self.bos_id is not None:
-            return [self.bos_id]
-        found = self._rust.encode("a")  # as the file's own post-processor wants it
+        "What texts of this model begin with: <bos> or nothing, as tokenizer.json says."
+        found = self._rust.encode("a")
         return found.ids[: found.special_tokens_mask.index(0)]
 
     def _known(self, ids: Iterable[int]) -> Iterator[int]:
@@ -378,7 +376,6 @@ class PretrainedTokenizer(_Talker):
         self.bos_id, self.eos_id, self.pad_id = (
             self._rust.token_to_id(self.roles[r]) if r in self.roles else None
             for r in ("bos", "eos", "pad"))
-        self._adds_bos = config.get("add_bos_token", False)
 
     def __reduce__(self):  # worker processes get the files' texts
         return PretrainedTokenizer, (self.files,)
@@ -420,9 +417,9 @@ def with_chat(
     "A tokenizer of ours that can chat. Its `save` writes the template for others."
     with tempfile.TemporaryDirectory() as folder:
         files = PretrainedTokenizer.load(tokenizer.save(folder)).files
-    config = json.loads(files["tokenizer_config.json"]) | {"add_bos_token": True}
-    changed = {
-        "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
-        "chat_template.jinja": chat_template,
-    }
+    rust = Tokenizer.from_str(files["tokenizer.json"])
+    bos = (tokenizer.bos_id, rust.id_to_token(tokenizer.bos_id))
+    rust.post_processor = processors.TemplateProcessing(
+        single=f"{bos[1]} $A", special_tokens=[bos[::-1]])  # for programs that prompt
+    changed = {"tokenizer.json": rust.to_str(), "chat_template.jinja": chat_template}
     return PretrainedTokenizer(files | changed)

@@ -311,11 +311,14 @@ class _Codec:
     ) -> list[int]:
         "Ids of `text`, no <bos> or <eos> added. Special tokens in it are plain text."
         rust = self._rust if allowed_special else self._plain
-        return rust.encode_batch_fast([_check_text(text)])[0].ids
+        texts = [_check_text(text)]  # a foreign file may add <bos> of itself
+        return rust.encode_batch_fast(texts, add_special_tokens=False)[0].ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         "`encode` of every text, on all cores."
-        return [e.ids for e in self._plain.encode_batch_fast(list(_check_texts(texts)))]
+        texts = list(_check_texts(texts))
+        found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [e.ids for e in found]
 
     def encode_iterable(
         self,
