@@ -10,11 +10,13 @@ __all__ = ['FAMILIES', 'PRESETS', 'ALIASES', 'llama3', 'qwen3', 'skylar', 'resol
 import difflib
 import inspect
 import types
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import torch
 
 from ..layers.block import BlockConfig
+from ..layers.ffn import ReLU2Config, SwiGLUConfig
 from ..layers.gqa import GQAConfig, Window
 from ..layers.masks import attend
 from ..layers.norm import RMSNormConfig
@@ -33,12 +35,16 @@ def _find(name: str, known, kind: str) -> str:
     raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c004
-def _ffns() -> dict:
-    from skylar.layers import ffn
-    found = {"swiglu": ffn.SwiGLUConfig}
-    if hasattr(ffn, "ReLU2Config"):
-        found["relu2"] = ffn.ReLU2Config
-    return found
+_FFNS = {"swiglu": SwiGLUConfig, "relu2": ReLU2Config}
+
+
+def _head_width(d_model: int, n_heads: int, d_head: int | None) -> int:
+    "`d_head`, or the equal share of the width if it is None."
+    if d_head is None and d_model % n_heads:
+        raise ValueError(
+            f"d_model={d_model} is not divisible by n_heads={n_heads}; "
+            "change one of them, or give d_head")
+    return d_model // n_heads if d_head is None else d_head
 
 
 def _dense(
@@ -50,36 +56,28 @@ def _dense(
     _require_positive(
         vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers,
         d_ff=d_ff, max_seq_len=max_seq_len)
-    if d_head is None and d_model % n_heads:
-        raise ValueError(
-            f"d_model={d_model} is not divisible by n_heads={n_heads}; "
-            "change one of them, or give d_head")
     if full_every < 0:
-        raise ValueError(f"full_every={full_every} is negative; 0 means none is full")
+        raise ValueError(f"full_every={full_every} is negative; 0 means no layer is full")
     norm = RMSNormConfig(eps=norm_eps)
-    feed_forward = _ffns()[_find(ffn, _ffns(), "ffn")](d_ff=d_ff)
-
-    def block(view: Window | None) -> BlockConfig:
-        attention = GQAConfig(
-            n_heads=n_heads,
-            n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
-            d_head=d_model // n_heads if d_head is None else d_head,
-            bias=bias,
-            rope=RoPEConfig(theta=rope_theta, scaling=read_scaling(rope_scaling)),
-            qk_norm=norm if qk_norm else None,
-            window=view,
-            dropout=dropout,
-        )
-        return BlockConfig(
-            attention=attention, ffn=feed_forward, norm=norm, dropout=dropout)
-
-    full = block(None)
-    near = full if window is None else block(Window(size=window, sinks=sinks))
-    ends = [full_every and i % full_every == 0 for i in range(1, n_layers + 1)]
+    full = GQAConfig(
+        n_heads=n_heads,
+        n_kv_heads=n_heads if n_kv_heads is None else n_kv_heads,
+        d_head=_head_width(d_model, n_heads, d_head),
+        bias=bias,
+        rope=RoPEConfig(theta=rope_theta, scaling=read_scaling(rope_scaling)),
+        qk_norm=norm if qk_norm else None,
+        dropout=dropout,
+    )
+    near = full if window is None else replace(
+        full, window=Window(size=window, sinks=sinks))
+    mixers = (full if full_every and i % full_every == 0 else near
+              for i in range(1, n_layers + 1))
+    mlp = _FFNS[_find(ffn, _FFNS, "ffn")](d_ff=d_ff)
     return DecoderConfig(
         vocab_size=vocab_size,
         d_model=d_model,
-        blocks=tuple(full if end else near for end in ends),
+        blocks=tuple(BlockConfig(attention=mixer, ffn=mlp, norm=norm, dropout=dropout)
+                     for mixer in mixers),
         max_seq_len=max_seq_len,
         norm=norm,
         tie_embeddings=tie_embeddings,
@@ -285,15 +283,15 @@ def _arguments(config: DecoderConfig) -> dict[str, Any]:
     "What any family could have been called with to give `config`, read off its parts."
     block = config.blocks[0]
     parts = vars(block.ffn) | vars(block.attention) | vars(config)  # many names are the same
-    rope, windows = parts.get("rope"), [getattr(b.attention, "window", None)
-                                        for b in config.blocks]
+    rope = parts.get("rope")
+    windows = [getattr(block.attention, "window", None) for block in config.blocks]
     found = parts | {
         "n_layers": len(config.blocks),
         "norm_eps": getattr(config.norm, "eps", None),
         "qk_norm": bool(parts.get("qk_norm")),
         "rope_theta": getattr(rope, "theta", None),
         "rope_scaling": write_scaling(getattr(rope, "scaling", None)),
-        "ffn": next((n for n, f in _ffns().items() if isinstance(block.ffn, f)), None),
+        "ffn": next((n for n, kind in _FFNS.items() if isinstance(block.ffn, kind)), None),
         "window": None,
     }
     if any(windows):
