@@ -28,11 +28,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, r = ctx.saved_tensors
-        g, unit = grad.to(r.dtype), x.to(r.dtype) * r
-        product = g * unit
-        grad_weight = product.reshape(-1, len(weight)).sum(0)
-        along = product.mul_(weight).mean(-1, keepdim=True)  # how much g weight is along x
-        grad_x = torch.addcmul(g * weight, unit, along, value=-1).mul_(r)
+        g = grad.to(r.dtype)
+        work = (x.to(r.dtype) * r).mul_(g)  # one new tensor serves all that follows
+        grad_weight = work.reshape(-1, len(weight)).sum(0)
+        along = work.mul_(weight).mean(-1, keepdim=True).mul_(-r)  # (..., 1)
+        grad_x = torch.mul(x, along, out=work).addcmul_(g, weight).mul_(r)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 # %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c004
