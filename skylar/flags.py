@@ -44,10 +44,12 @@ def add_flags(
         if p.name in skip or p.kind is p.VAR_KEYWORD or p.annotation is dict:
             continue
         kind = p.annotation | None if optional else p.annotation
-        add_flag(parser, p, prefix, kind, helps.get(p.name, ""))
+        add_flag(parser, p, prefix, kind, helps.get(p.name, ""), optional)
 
 
-def add_flag(parser, p: inspect.Parameter, prefix: str, kind, text: str) -> None:
+def add_flag(
+    parser, p: inspect.Parameter, prefix: str, kind, text: str, optional: bool
+) -> None:
     "The flag of one parameter."
     name, text = f"--{prefix}{p.name}", text.replace("%", "%%")
     if p.kind is p.POSITIONAL_ONLY and not prefix:
@@ -56,7 +58,6 @@ def add_flag(parser, p: inspect.Parameter, prefix: str, kind, text: str) -> None
         yes = jsonargparse.ActionYesNo(no_prefix=None)
         parser.add_argument(name, action=yes, default=False, help=text)
     else:
-        optional = kind != p.annotation
         needed = p.default is p.empty and not optional
         default = None if needed or optional else p.default
         options = {"type": kind, "required": needed, "default": default, "help": text}
@@ -71,7 +72,7 @@ def shown_as(kind: Any) -> dict[str, str]:
         return {"metavar": "true|false"}
     if get_origin(kind) in (list, tuple):
         return {"metavar": f"[{','.join(k.__name__ for k in get_args(kind))}]"}
-    return {"metavar": kind.__name__} if kind in (int, float, str) else {}
+    return {"metavar": kind.__name__} if kind in (int, float, str, dict) else {}
 
 # %% ../nbs/flags.ipynb #c017
 class HelpFormatter(

@@ -122,9 +122,57 @@ def test_verify_names_the_damaged_shard(home, capsys):
 def test_presets_are_counted(capsys):
     assert main(["presets", "--json"]) == 0
     rows = {row["preset"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["test"]["parameters"] == 6_297_344
+    assert rows["test"]["parameters"] == 5_899_648
     assert main(["presets"]) == 0
-    assert "6,297,344" in capsys.readouterr().out
+    assert "5,899,648" in capsys.readouterr().out
+
+
+def test_all_fifteen_presets_are_listed(capsys):
+    assert main(["presets", "--json"]) == 0
+    names = [row["preset"] for row in json.loads(capsys.readouterr().out)]
+    assert len(names) == 15 and names[0] == "test" and names[-1] == "128b"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama3", "skylar"])
+def test_another_family_of_the_same_size(home, family, capsys):
+    few = ["--train.steps", "2", "--train.save_every", "0", "--train.eval_every", "0"]
+    more = ["--model.ffn", "relu2"] if family == "skylar" else []
+    assert main(pretrain(home, "--family", family, *few, *more)) == 0
+    metadata = json.loads(Path("new/checkpoints/step-000002/metadata.json").read_text())
+    assert metadata["model"]["family"] == family
+    assert yaml.safe_load(Path("new/config.yaml").read_text())["family"] == family
+
+
+def test_export_opens_in_transformers_and_here(home, capsys):
+    "The run folder, the exported folder and transformers continue a text alike."
+    transformers = pytest.importorskip("transformers", reason="comes with skylar[lab]")
+    assert main(["export", "--model", str(home / "run"), "--out", "exported"]) == 0
+    assert "model.safetensors" in capsys.readouterr().out
+    texts = []
+    for folder in (home / "run", "exported"):
+        words = ["generate", "--model", str(folder), "--prompt", "the", "--temperature", "0"]
+        assert main([*words, "--max_new_tokens", "12"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
+    ids = tokenizer("<bos>the", return_tensors="pt", add_special_tokens=False).input_ids
+    out = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert tokenizer.decode(out[0], skip_special_tokens=True) == texts[0].rstrip("\n")
+
+
+def test_chat_answers_without_repeating_the_message(home, capsys):
+    words = ["generate", "--model", str(home / "run"), "--chat", "--prompt", "Who is there?"]
+    assert main([*words, "--max_new_tokens", "5", "--seed", "1"]) == 0
+    assert "Who is there?" not in capsys.readouterr().out
+
+
+def test_export_refuses_a_folder_in_use(home, capsys):
+    Path("exported").mkdir()
+    Path("exported/mine.txt").write_text("keep")
+    assert "exported" in one_line(
+        capsys, ["export", "--model", str(home / "run"), "--out", "exported"])
+    assert [p.name for p in Path("exported").iterdir()] == ["mine.txt"]
 
 
 def test_generate_is_reproducible(home, capsys):
@@ -293,6 +341,8 @@ def test_bad_yaml(home, capsys, name):
     (["data", "verify", "nowhere"], "nowhere"),
     (["tokenizer", "train", "nowhere", "--out", "x"], "nowhere"),
     (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere"),
+    (["generate", "--model", "no/body/here", "--prompt", "a"], "no/body/here"),
+    (["export", "--model", "nowhere", "--out", "x"], "nowhere"),
     (["eval", "--model", "nowhere"], "nowhere"),
 ])
 def test_wrong_commands(capsys, words, answer):

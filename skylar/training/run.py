@@ -6,10 +6,11 @@
 __all__ = ['split', 'prepare_data', 'check_recipe', 'check_empty', 'corpus_tokenizer', 'data_parts', 'open_data',
            'bytes_per_token', 'check_device', 'check_context', 'check_space', 'check_vocabulary', 'check_out',
            'check_same', 'stored', 'Run', 'built', 'prepare_run', 'steps_in_time', 'write_run', 'fit', 'outcome',
-           'is_finished', 'load_run', 'measure']
+           'is_finished', 'load_run', 'open_model', 'measure']
 
 # %% ../../nbs/runs.ipynb #c002
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -23,8 +24,10 @@ import yaml
 from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shards
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
+from ..data.chat import PretrainedTokenizer
 from ..models.decoder import CausalLM, DecoderConfig, count_parameters
 from ..models.decoder import flops_per_token
+from ..models.hub import end_ids, from_pretrained, load_tokenizer
 from ..models.presets import from_args, resolve
 from .loss import next_token_loss
 from .optim import AdamWConfig, ScheduleConfig
@@ -253,7 +256,7 @@ class Run:
         flops = flops_per_token(config, given["loader"]["seq_len"]) * tokens
         epochs = tokens / n_tokens
         return {
-            "model": f"{given['preset']}, {count_parameters(config):,} parameters, "
+            "model": f"{given['preset']}, {self.model['family']}, {count_parameters(config):,} parameters, "
                      f"vocabulary {config.vocab_size}, context {config.max_seq_len}",
             "data": f"{n_tokens:,} tokens in {given['data']}",
             "step": f"{self.tokens_per_step:,} tokens",
@@ -297,14 +300,14 @@ def prepare_run(
     schedule = built(ScheduleConfig, "schedule", settings["schedule"])
     schedule.multiplier(0, train.steps)  # refuses a warm-up that fills the run
     check_device(train.device)
-    preset, changes = settings["preset"], settings["model"]
-    context = from_args(resolve(preset, **changes)).max_seq_len
+    preset, family, changes = settings["preset"], settings["family"], settings["model"]
+    context = from_args(resolve(preset, family, **changes)).max_seq_len
     check_context(settings["loader"]["seq_len"], context)
     check_out(settings)
     if corpus := dict(settings["corpus"]):
         prepare_data(corpus.pop("source", None), out=settings["data"], **corpus)
     tokenizer, datasets = open_data(settings["data"])
-    model = resolve(preset, **{"vocab_size": tokenizer.vocab_size, **changes})
+    model = resolve(preset, family, **{"vocab_size": tokenizer.vocab_size, **changes})
     vocabulary = model["args"]["vocab_size"]
     check_vocabulary(vocabulary, tokenizer.vocab_size, settings["data"])
     run = Run(settings=settings, tokenizer=tokenizer, datasets=datasets, model=model,
@@ -388,7 +391,22 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
     load_weights(folder, model)
     return model.eval(), tokenizer, metadata
 
-# %% ../../nbs/runs.ipynb #c037
+# %% ../../nbs/runs.ipynb #c038
+def open_model(
+    where: str,  # a run folder, a folder in Hugging Face's format, or owner/name
+) -> tuple[CausalLM, BPETokenizer | PretrainedTokenizer, tuple[int, ...]]:
+    "Model, tokenizer, and the tokens that end a text."
+    folder = Path(where)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        model, tokenizer, _ = load_run(folder)
+        return model, PretrainedTokenizer.load(folder / "tokenizer"), (tokenizer.eos_id,)
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
+        raise FileNotFoundError(
+            f"no folder {where}; give a run (`skylar pretrain` makes one), a model "
+            "folder, or the hub's owner/name")
+    return from_pretrained(where).eval(), load_tokenizer(where), end_ids(where)
+
+# %% ../../nbs/runs.ipynb #c039
 def measure(
     folder: Path | str,  # a run folder
     data: Path | str | None = None,  # a data folder; None: the one it was trained on
