@@ -6,13 +6,14 @@
 __all__ = ['NOBODY', 'Window', 'RingCache', 'GQAConfig', 'GroupedQueryAttention']
 
 # %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c002
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .attention import Tokens, fused_attention
-from .cache import LayerCache, layer_cache
+from .cache import LayerCache, check_crop, check_fit, layer_cache
 from .norm import RMSNormConfig
 from .rope import RoPEConfig, apply_rope
 
@@ -50,20 +51,24 @@ class Window:
 NOBODY = torch.iinfo(torch.int64).max  # index of an empty seat: later than every query
 
 
+def _each(change: Callable, *tokens: Tokens) -> Tokens:
+    "Tokens whose index, positions and documents are `change` of those of `tokens`."
+    def changed(name):
+        parts = [getattr(t, name) for t in tokens]
+        return None if parts[0] is None else change(*parts)
+
+    return Tokens(index=changed("index"), positions=changed("positions"),
+                  documents=changed("documents"))
+
+
+def _rows_alike(*parts: Tensor) -> list[Tensor]:
+    "(N,) or (B, N), N may differ: all (N,) if none has rows of its own, else all (B, N)."
+    rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return [part.expand(*rows, -1) for part in parts]
+
+
 def _beside(held: Tensor, new: Tensor) -> Tensor:
-    "(S,) or (B, S) beside (T,) or (B, T): (S + T,) or (B, S + T)."
-    rows = torch.broadcast_shapes(held.shape[:-1], new.shape[:-1])
-    return torch.cat([held.expand(*rows, -1), new.expand(*rows, -1)], dim=-1)
-
-
-def _take(tokens: Tokens, places: Tensor) -> Tokens:
-    "The tokens at `places`, (S,) or (B, S); places may differ from row to row."
-    def at(x):
-        rows = torch.broadcast_shapes(x.shape[:-1], places.shape[:-1])
-        return x.expand(*rows, -1).gather(-1, places.expand(*rows, -1))
-
-    documents = None if tokens.documents is None else at(tokens.documents)
-    return Tokens(index=at(tokens.index), positions=at(tokens.positions), documents=documents)
+    return torch.cat(_rows_alike(held, new), dim=-1)
 
 # %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c005
 class RingCache(LayerCache):
@@ -97,15 +102,14 @@ class RingCache(LayerCache):
         tokens: Tokens,  # the T new ones
     ) -> tuple[Tensor, Tensor, Tokens]:  # keys and values (B, K, S or S + T, Dh), their tokens
         "Remember k and v; returns all that the new tokens may look at, and more."
-        if not self._fits(k, v):
-            raise self._misfit(k, v)
+        check_fit(k, v, self.keys)
         seat, holder, keys, seated = tokens.once(
             ("ring", self.window, self.seated), lambda: self._seat(tokens))
-        if k.shape[2] == 1:  # who has to leave is out of sight already: write, then look
+        if holder is None:  # who has to leave is out of sight already: write, then look
             place = seat[..., None, :, None].expand_as(k)
             self.keys.scatter_(2, place, k)
             self.values.scatter_(2, place, v)
-            k, v, keys = self.keys, self.values, seated
+            k, v = self.keys, self.values
         else:  # the first of the new ones still see those who leave: look, then write
             all_k, all_v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
             holder = holder[..., None, :, None].expand(*k.shape[:2], -1, k.shape[3])
@@ -115,25 +119,35 @@ class RingCache(LayerCache):
         self.seated, self.length = seated, self.length + tokens.index.shape[-1]
         return k, v, keys
 
-    def _seat(self, tokens: Tokens) -> tuple[Tensor, Tensor, Tokens, Tokens]:
-        "Seats of the new tokens; for each seat its holder among old and new; both as tokens."
-        size, sinks = self.window.size, self.window.sinks
-        S, T = sinks + size, tokens.index.shape[-1]
+    def _seat(self, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tokens, Tokens]:
+        "Seats of the new tokens; each seat's next holder; whom they may see; who sits then."
         held = self.seated or self._nobody(tokens)
-        seat = tokens.index % size + sinks
-        if sinks:
-            seat = torch.where(tokens.positions < sinks, tokens.positions, seat)
+        seat = tokens.index % self.window.size + self.window.sinks
+        if self.window.sinks:
+            seat = torch.where(tokens.positions < self.window.sinks, tokens.positions, seat)
+        if tokens.index.shape[-1] == 1:
+            def put(old, new):
+                old, at, new = _rows_alike(old, seat, new)
+                return old.scatter(-1, at, new)
+
+            seated = _each(put, held, tokens)
+            return seat, None, seated, seated
+        holder = self._last_to_come(seat)
+        everyone = _each(_beside, held, tokens)
+
+        def take(all):
+            all, at = _rows_alike(all, holder)
+            return all.gather(-1, at)
+
+        keys = tokens if self.seated is None else everyone  # nothing older: as uncached
+        return seat, holder, keys, _each(take, everyone)
+
+    def _last_to_come(self, seat: Tensor) -> Tensor:
+        "Of S seated and T new tokens, numbered in this order: who has each seat in the end."
+        S, T = self.keys.shape[2], seat.shape[-1]
         numbers = torch.arange(S + T, device=seat.device)
-        rows = seat.shape[:-1]
-        holder = numbers[:S].expand(*rows, S).scatter_reduce(  # the last to sit down stays
-            -1, seat, numbers[S:].expand(*rows, T), "amax")
-        everyone = Tokens(
-            index=_beside(held.index, tokens.index),
-            positions=_beside(held.positions, tokens.positions),
-            documents=(None if tokens.documents is None
-                       else _beside(held.documents, tokens.documents)))
-        keys = everyone if self.seated is not None else tokens
-        return seat, holder, keys, _take(everyone, holder)
+        old, new = numbers[:S].expand(*seat.shape[:-1], -1), numbers[S:].expand_as(seat)
+        return old.scatter_reduce(-1, seat, new, "amax")
 
     def _nobody(self, tokens: Tokens) -> Tokens:
         "A ring of empty seats."
@@ -143,8 +157,7 @@ class RingCache(LayerCache):
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens; `ValueError` if that needs who has left."
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot crop to {length} tokens: the cache has read {self.length}")
+        check_crop(length, self.length)
         if length == 0:
             self.seated = None
         elif length < self.length:
@@ -152,30 +165,22 @@ class RingCache(LayerCache):
         self.length = length
 
     def _cropped(self, length: int) -> Tokens:
-        old = self.seated
-        gone = old.index >= length  # empty seats too
-        late = gone & (old.index < NOBODY) & (old.positions < self.window.sinks)
-        replaced = (late & (old.positions != old.index)).any()  # an earlier document's sinks
-        if replaced or self.length > max(self.window.size, length + 1):
+        index, positions = self.seated.index, self.seated.positions
+        gone = (index >= length) & (index < NOBODY)
+        newer = gone & (positions < self.window.sinks) & (positions != index)
+        if newer.any() or self.length > max(self.window.size, length + 1):
             raise ValueError(
                 f"cannot crop from {self.length} to {length} tokens: a window of "
                 f"{self.window.size} has overwritten what came before; reset() and read again")
-        return Tokens(index=old.index.masked_fill(gone, NOBODY), positions=old.positions,
-                      documents=old.documents)
+        return Tokens(index=index.masked_fill(gone, NOBODY), positions=positions,
+                      documents=self.seated.documents)
 
     def reorder(self, rows: Tensor) -> None:
         "Row i becomes what row `rows[i]` was; rows may be repeated or left out."
         super().reorder(rows)
         if self.seated is not None:
-            self.seated = self.seated.once(("rows", rows), lambda: self._reordered(rows))
-
-    def _reordered(self, rows: Tensor) -> Tokens:
-        def moved(x):
-            return x if x is None or x.ndim == 1 else x[rows]
-
-        old = self.seated
-        return Tokens(index=moved(old.index), positions=moved(old.positions),
-                      documents=moved(old.documents))
+            self.seated = self.seated.once(("rows", rows), lambda: _each(
+                lambda x: x if x.ndim == 1 else x[rows], self.seated))
 
 # %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c006
 @dataclass(frozen=True, kw_only=True)
