@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Tokens, fused_attention
-from .cache import LayerCache, layer_cache
+from .cache import LayerCache, check_crop, check_fit, layer_cache
 from .norm import RMSNormConfig
 from .rope import RoPEConfig, apply_rope
 
@@ -102,8 +102,7 @@ class RingCache(LayerCache):
         tokens: Tokens,  # the T new ones
     ) -> tuple[Tensor, Tensor, Tokens]:  # keys and values (B, K, S or S + T, Dh), their tokens
         "Remember k and v; returns all that the new tokens may look at, and more."
-        if not self._fits(k, v):
-            raise self._misfit(k, v)
+        check_fit(k, v, self.keys)
         seat, holder, keys, seated = tokens.once(
             ("ring", self.window, self.seated), lambda: self._seat(tokens))
         if holder is None:  # who has to leave is out of sight already: write, then look
@@ -158,8 +157,7 @@ class RingCache(LayerCache):
 
     def crop(self, length: int) -> None:
         "Forget all but the first `length` tokens; `ValueError` if that needs who has left."
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot crop to {length} tokens: the cache has read {self.length}")
+        check_crop(length, self.length)
         if length == 0:
             self.seated = None
         elif length < self.length:
