@@ -278,10 +278,13 @@ class GroupedQueryAttention(nn.Module):
         cache=None,  # remembers the keys and values of tokens read before
     ) -> Tensor:  # (B, T, D)
         tokens = keys = Tokens.of(x) if tokens is None else tokens
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (self._heads(project(x)) for project in projections)
+        q, k, v = (  # views: `rearrange` says it best, but costs much at T = 1
+            project(x).view(*x.shape[:2], -1, self.d_head)  # (B, T, H or K, Dh)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
         if self.rotary is not None:
             cos, sin = tokens.once(  # once for all layers that turn alike
                 ("rope", self.config.rope, self.d_head, q.dtype),
@@ -293,7 +296,3 @@ class GroupedQueryAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         out = attend(q, k, v, tokens, keys, rule=self.config.window, dropout=dropout)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # b h t d -> b t (h d)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        "b t (h d) -> b h t d. (`rearrange` says it best, but costs much at T = 1.)"
-        return x.view(*x.shape[:2], -1, self.d_head).transpose(1, 2)
