@@ -67,11 +67,17 @@ def train_step_rows(family: str) -> list[list[str]]:
 
 
 def gpu_rows() -> list[list[str]]:
-    "What waits for a GPU."
-    reason = result("train_step_qwen3")["cuda"]
-    return [[f"{what} on a GPU", reason, "", "", ""] for what in (
-        "`medium` (107M) training at T=2048, share of the matmul ceiling",
-        "packed documents by FlexAttention at 2K and 8K")]
+    "Training on a GPU: share of its matmul ceiling, packed and unpacked."
+    found = result("train_gpu")
+    if not found["rows"]:
+        return [[f"{what} on a GPU", found["status"], "", "", ""] for what in (
+            "`medium` (107M) training at 2,048 tokens, share of the matmul ceiling",
+            "packed documents by FlexAttention against unpacked, at 2K and 8K")]
+    return [[f"`{row['preset']}` training, {row['length']:,} tokens, "
+             f"{'packed' if row['packed'] else 'unpacked'}", f"{row['tokens_per_s']:,} tokens/s",
+             f"{found['ceiling_tflops']} TFLOP/s ({found['device']}, matmul)",
+             f"{row['share_of_ceiling']:.0%}", f"{row['target']:.0%}" if row["target"] else ""]
+            for row in found["rows"]]
 
 
 def time_to_quality_rows() -> list[list[str]]:
