@@ -1,21 +1,15 @@
-"""Text from logits: every processor against transformers', greedy against GPT-2's own generate."""
+"""Text from a model: the cached loop against an uncached one and transformers' generate."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import skylar.inference.generate as decoding
+from skylar.data.chat import with_chat
 from skylar.data.tokenizer import BPETokenizer
-from skylar.inference.generate import (
-    adjust_logits,
-    generate,
-    keep_top_k,
-    keep_top_p,
-    penalise_repetition,
-    pick_token,
-    stop_stream,
-    stream,
-)
+from skylar.inference.generate import generate, sample_tokens, stream
 from skylar.models.decoder import CausalLM, gpt2
+from skylar.models.presets import qwen3
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,54 +61,6 @@ def linear(theirs, ours, transpose=False):
     theirs.bias.copy_(ours.bias)
 
 
-@pytest.fixture
-def logits():
-    return 3 * torch.randn(16, V, generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(V, (16, 9), generator=torch.Generator().manual_seed(4))
-
-
-@pytest.mark.parametrize("k", [1, 2, 10, V, V + 7])
-def test_top_k(logits, ids, k):
-    theirs = transformers.TopKLogitsWarper(k)(ids, logits)
-    assert torch.equal(keep_top_k(logits, k), theirs)
-
-
-@pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
-def test_top_p(logits, ids, p):
-    theirs = transformers.TopPLogitsWarper(p)(ids, logits)
-    assert torch.equal(keep_top_p(logits, p), theirs)
-
-
-@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.2, 5.0])
-def test_repetition_penalty(logits, ids, penalty):
-    theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-    assert torch.equal(penalise_repetition(logits, ids, penalty), theirs)
-
-
-@pytest.mark.parametrize("t", [0.1, 0.7, 1.0, 3.0])
-def test_temperature(logits, ids, t):
-    assert torch.equal(adjust_logits(logits, ids, t),
-                       transformers.TemperatureLogitsWarper(t)(ids, logits))
-
-
-def test_all_of_them_in_transformers_order(logits, ids):
-    chain = transformers.LogitsProcessorList([
-        transformers.RepetitionPenaltyLogitsProcessor(1.3),
-        transformers.TemperatureLogitsWarper(0.8),
-        transformers.TopKLogitsWarper(12), transformers.TopPLogitsWarper(0.9)])
-    ours = adjust_logits(logits, ids, 0.8, top_k=12, top_p=0.9, repetition_penalty=1.3)
-    assert torch.equal(ours, chain(ids, logits))
-
-
-def test_ties_with_the_kth_stay():
-    tied = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
-    assert keep_top_k(tied, 1).isfinite().tolist() == [[False, True, True, False]]
-
-
 def test_greedy_equals_transformers(model, reference):
     ids = torch.randint(V, (3, 5), generator=torch.Generator().manual_seed(2))
     theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15,
@@ -146,25 +92,6 @@ def test_stops_early_when_all_rows_are_done(model):
     assert generate(model, ids, 20, temperature=0, eos_id=first).shape == (1, 4)
 
 
-def test_samples_follow_the_distribution(model):
-    """Chi-square of 20,000 draws against the softmax: a wrong temperature fails it."""
-    ids = torch.tensor([[1, 2, 3]])
-    n, g = 20_000, torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        logits = model.eval()(ids)[:, -1]
-    draws = pick_token((logits / 0.7).expand(n, -1), 0.7, g)
-
-    def chi_square(temperature):
-        expected = (logits / temperature).softmax(-1)[0] * n
-        big = expected >= 5
-        counts = draws.bincount(minlength=V)[big]
-        return float(((counts - expected[big]) ** 2 / expected[big]).sum()), int(big.sum()) - 1
-
-    value, freedom = chi_square(0.7)
-    limit = freedom + 4 * (2 * freedom) ** 0.5  # mean + 4 standard deviations
-    assert value < limit < chi_square(0.8)[0]
-
-
 def test_seeded_generator_repeats_the_text_and_leaves_the_global_one_alone(model):
     ids = torch.tensor([[1, 2, 3]])
     state = torch.get_rng_state()
@@ -173,7 +100,7 @@ def test_seeded_generator_repeats_the_text_and_leaves_the_global_one_alone(model
     assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), state)
 
 
-def test_only_the_last_max_seq_len_tokens_are_looked_at(model):
+def test_a_prompt_that_is_too_long_keeps_its_newest_tokens(model):
     long = torch.randint(V, (1, 40), generator=torch.Generator().manual_seed(6))
     ours = generate(model, long, 3, temperature=0)
     cropped = generate(model, long[:, -24:], 3, temperature=0)
@@ -209,6 +136,156 @@ def test_zero_new_tokens(model):
     assert generate(model, torch.tensor([[1, 2]]), 0).tolist() == [[1, 2]]
 
 
+# --- with a cache, and in batches ---
+
+
+@pytest.fixture(scope="module", params=["gpt2", "qwen3"])
+def either(request, model):
+    if request.param == "gpt2":
+        return model
+    torch.manual_seed(0)
+    other = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+                           n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3))
+    return other
+
+
+def prompts(n, length, seed=2):
+    return torch.randint(V, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def uncached(model, ids, n, longest=24):
+    """The oracle: read everything again for each token."""
+    for _ in range(n):
+        with torch.no_grad():
+            token = model.eval()(ids[:, -longest:])[:, -1].argmax(-1)
+        ids = torch.cat([ids, token[:, None]], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_equals_the_uncached_loop(either, cache):
+    ids = prompts(3, 5)
+    assert torch.equal(generate(either, ids, 19, temperature=0, cache=cache),
+                       uncached(either, ids, 19))
+
+
+def test_every_distribution_equals_the_uncached_one(either):
+    ids = torch.cat([prompts(2, 5), torch.zeros(2, 19, dtype=torch.long)], dim=1)
+    seen = []
+    original = decoding.next_logits
+
+    def spy(*args):
+        seen.append(original(*args))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "next_logits", spy)
+        for _ in sample_tokens(either, ids, 5, generator=torch.Generator().manual_seed(0)):
+            pass
+    with torch.no_grad():
+        whole = either.eval()(ids[:, :-1])[:, 4:]
+    torch.testing.assert_close(torch.stack(seen, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_cache_changes_no_sampled_text(either):
+    one, two = (generate(either, prompts(3, 5), 15, 0.8, top_p=0.9, repetition_penalty=1.2,
+                         generator=torch.Generator().manual_seed(1), cache=c)
+                for c in (True, False))
+    assert torch.equal(one, two)
+
+
+LENGTHS = (7, 3, 1, 5)
+
+
+def padded(length=7, fill=0):
+    rows, mask = prompts(len(LENGTHS), length), torch.zeros(len(LENGTHS), length).long()
+    for row, n in enumerate(LENGTHS):
+        mask[row, length - n:] = 1
+    return torch.where(mask == 1, rows, fill), mask
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_left_padded_rows_say_what_they_say_alone(either, cache, penalty):
+    ids, mask = padded()
+    out = generate(either, ids, 12, temperature=0, repetition_penalty=penalty,
+                   attention_mask=mask, cache=cache)
+    assert torch.equal(out[:, :7], ids)
+    for row, n in enumerate(LENGTHS):
+        alone = generate(either, ids[row:row + 1, -n:], 12, temperature=0,
+                         repetition_penalty=penalty)
+        assert torch.equal(out[row, -12:], alone[0, -12:])
+
+
+def test_what_is_in_the_padding_does_not_matter(either):
+    one, two = (generate(either, ids, 12, temperature=0, attention_mask=mask)[:, -12:]
+                for ids, mask in (padded(fill=0), padded(fill=9)))
+    assert torch.equal(one, two)
+
+
+def test_left_padded_batch_equals_transformers(model, reference):
+    ids, mask = padded()
+    theirs = reference.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert torch.equal(generate(model, ids, 12, temperature=0, attention_mask=mask), theirs)
+
+
+def test_padding_beyond_the_context(either):
+    """Past max_seq_len the padding is what is forgotten first."""
+    ids, mask = padded(length=20)
+    out = generate(either, ids, 30, temperature=0, attention_mask=mask)
+    assert out.shape == (4, 50)
+    again = generate(either, ids, 30, temperature=0, attention_mask=mask, cache=False)
+    assert torch.equal(out[:, :24], again[:, :24])
+
+
+@pytest.mark.parametrize("mask, message", [
+    ([[1, 1, 0]], "row 0 is not"), ([[1, 0, 1]], "row 0 is not"), ([[0, 0, 0]], "row 0 is not"),
+    ([[1, 1]], r"attention_mask is \(1, 2\)")])
+def test_wrong_masks_are_refused(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[1, 2, 3]]), 2, attention_mask=torch.tensor(mask))
+
+
+def test_any_of_several_ends_stops_a_row(model, reference):
+    ids = prompts(3, 5)
+    free = generate(model, ids, 15, temperature=0)
+    ends = [int(free[0, 8]), int(free[1, 10])]
+    theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15,
+                                do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
+    assert torch.equal(generate(model, ids, 15, temperature=0, eos_id=ends), theirs)
+
+
+# --- beyond the context ---
+
+
+def halves(model, ids, n, longest=24):
+    """What `generate` promises: when the context is full, its newer half is read again."""
+    first = max(ids.shape[1] - longest, 0)
+    for _ in range(n):
+        if ids.shape[1] - first > longest:
+            first = ids.shape[1] - longest // 2
+        ids = uncached(model, ids[:, first:], 1) if first == 0 else torch.cat(
+            [ids, uncached(model, ids[:, first:], 1)[:, -1:]], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("length", [1, 20, 24, 25, 40])
+def test_beyond_the_context_half_of_it_is_kept(either, length):
+    ids = prompts(2, length)
+    assert torch.equal(generate(either, ids, 60, temperature=0), halves(either, ids, 60))
+
+
+def test_beyond_the_context_without_a_cache_the_window_slides(either):
+    ids = prompts(2, 20)
+    assert torch.equal(generate(either, ids, 30, temperature=0, cache=False),
+                       uncached(either, ids, 30))
+
+
+def test_a_context_of_one_token():
+    one = CausalLM(gpt2(vocab_size=V, d_model=8, n_heads=1, n_layers=1, max_seq_len=1))
+    assert generate(one, torch.tensor([[3]]), 5, temperature=0).shape == (1, 6)
+
+
 # --- streaming ---
 
 TEXT = "Ciao 🙂 naïve e\u0301 \U0001f469\u200d\U0001f680 中文 \ufffd end"
@@ -219,65 +296,83 @@ def tokenizer():
     return BPETokenizer.train(["to be or not to be, that is the question " * 20], vocab_size=285)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-@pytest.mark.parametrize("stop, want", [(["STOP"], "ab S ST STO "), (["zzz"], None), ([], None),
-                                        (["ST", "b "], "a"), (["c"], "ab S ST STO STOP ")])
-def test_stop_strings_across_pieces(size, stop, want):
-    text = "ab S ST STO STOP cd"
-    pieces = (text[i:i + size] for i in range(0, len(text), size))
-    assert "".join(stop_stream(pieces, stop)) == (text if want is None else want)
+@pytest.fixture
+def says(tokenizer, monkeypatch):
+    """Make every model say `text` after `prompt`, then <eos>."""
+    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+                          max_seq_len=600))
+
+    def script(text, prompt="to be"):
+        told = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(text),
+                tokenizer.eos_id]
+        read = []
+
+        def next_logits(model, ids, mask=None, cache=None):
+            read.extend(ids[0].tolist())
+            cache[0].length += ids.shape[1]  # as if it had been read
+            assert read == told[:len(read)]
+            return 50.0 * F.one_hot(torch.tensor([told[len(read)]]), tokenizer.vocab_size)
+
+        monkeypatch.setattr(decoding, "next_logits", next_logits)
+        return model
+
+    return script
 
 
-def test_text_is_held_back_only_while_it_may_be_a_stop():
-    out = list(stop_stream(iter(["a", "S", "x", "S"]), ["ST"]))
-    assert out == ["a", "", "Sx", "", "S"]
-
-
-class Scripted:
-    """A model that says what it is told, then <eos>."""
-
-    def __init__(self, tokenizer, text, prompt):
-        self.ids = [tokenizer.bos_id, *tokenizer.encode(prompt), *tokenizer.encode(text),
-                    tokenizer.eos_id]
-        self.vocab, self.training, self.weight = tokenizer.vocab_size, False, torch.zeros(1)
-        self.config = type("Config", (), {"max_seq_len": 10_000})
-        self.model = lambda ids: 50.0 * F.one_hot(torch.tensor([[self.next(ids)]]), self.vocab)
-        self.lm_head = lambda hidden: hidden
-
-    def next(self, ids):
-        assert ids[0].tolist() == self.ids[:ids.shape[1]]
-        return self.ids[ids.shape[1]]
-
-    def parameters(self):
-        return iter([self.weight])
-
-    def eval(self):
-        return self
-
-    def train(self, mode):
-        return self
-
-
-def test_stream_ends_at_eos(tokenizer):
-    model = Scripted(tokenizer, TEXT, "to be")
+def test_stream_ends_at_eos(tokenizer, says):
+    model = says(TEXT)
     assert "".join(stream(model, tokenizer, "to be", 500)) == TEXT
 
 
-def test_characters_over_several_tokens_arrive_whole(tokenizer):
+def test_characters_over_several_tokens_arrive_whole(tokenizer, says):
     assert len(tokenizer.encode(TEXT)) > len(TEXT)  # single bytes
-    pieces = list(stream(Scripted(tokenizer, TEXT, "to be"), tokenizer, "to be", 500))
+    pieces = list(stream(says(TEXT), tokenizer, "to be", 500))
     assert "🙂" in pieces and "中" in pieces and pieces.count("\ufffd") == 1
 
 
-def test_stream_ends_at_a_stop_string(tokenizer):
-    model = Scripted(tokenizer, TEXT, "to be")
+def test_stream_ends_at_a_stop_string(tokenizer, says):
+    model = says(TEXT)
     assert "".join(stream(model, tokenizer, "to be", 500, stop=["中文"])) == TEXT.split("中文")[0]
 
 
-def test_stream_ends_at_max_new_tokens(tokenizer):
-    model = Scripted(tokenizer, "to be or not", "to be")
+def test_stream_ends_at_max_new_tokens(tokenizer, says):
+    model = says("to be or not")
     assert "".join(stream(model, tokenizer, "to be", 1)) == tokenizer.decode(
         tokenizer.encode("to be or not")[:1])
+
+
+def test_stream_goes_beyond_the_context(tokenizer):
+    torch.manual_seed(0)
+    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+                          max_seq_len=16))
+    pieces = list(stream(model, tokenizer, "to be", 60, eos_id=[]))
+    assert "".join(pieces)
+
+
+def test_stream_of_ids_and_with_another_end(tokenizer):
+    torch.manual_seed(0)
+    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+                          max_seq_len=64))
+    ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
+    greedy = dict(temperature=0, eos_id=[])
+    text = "".join(stream(model, tokenizer, ids, 20, **greedy))
+    assert text == "".join(stream(model, tokenizer, "to be", 20, **greedy))
+    assert text == "".join(stream(model, with_chat(tokenizer), "to be", 20, **greedy))
+    new = generate(model, torch.tensor([ids]), 20, temperature=0)[0, len(ids):].tolist()
+    ended = "".join(stream(model, tokenizer, ids, 20, temperature=0, eos_id=new[4]))
+    assert ended == tokenizer.decode(new[:new.index(new[4])])
+
+
+def test_stream_of_a_chat_ends_with_the_answer(tokenizer, monkeypatch):
+    chatty = with_chat(tokenizer)
+    ids = chatty.chat([{"role": "user", "content": "to be?"}])
+    answer = [*tokenizer.encode("or not"), *tokenizer.encode("<|im_end|>\n", True)]
+    said = iter(answer)
+    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+                          max_seq_len=99))
+    monkeypatch.setattr(decoding, "next_logits", lambda *_: 50.0 * F.one_hot(
+        torch.tensor([next(said)]), tokenizer.vocab_size))
+    assert "".join(stream(model, chatty, ids, 50, temperature=0)) == "or not"
 
 
 def test_stream_equals_generate(tokenizer):
