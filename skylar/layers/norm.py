@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RMSNorm', 'RMSNormConfig']
 
-# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c002
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c003
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c003
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c033
 class _RMSNorm(torch.autograd.Function):
-    "RMSNorm with its gradient written by hand: few passes over memory, float32 inside."
+    "RMSNorm with its gradient written by hand: float32 inside, one working tensor."
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,9 +35,13 @@ class _RMSNorm(torch.autograd.Function):
         grad_x = torch.mul(x, along, out=work).addcmul_(g, weight).mul_(r)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
-# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c004
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c035
 class RMSNorm(nn.Module):
-    "x / rms(x) * weight, the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4)."
+    """x / rms(x) * weight, the mean of squares in float32 (Zhang and Sennrich 2019, eq. 4).
+
+    Hugging Face's Qwen3RMSNorm to the last bit on a CPU, in the dtype of `x`.
+    Raises `ValueError` for vectors of another width.
+    """
 
     def __init__(
         self,
@@ -54,13 +58,14 @@ class RMSNorm(nn.Module):
     ) -> Tensor:  # (..., D), dtype of x
         if x.shape[-1:] != self.weight.shape:  # a width of 1 would broadcast silently
             raise ValueError(
-                f"x is (..., {x.shape[-1] if x.ndim else ''}), the norm was built for "
-                f"d_model={len(self.weight)}")
+                f"x has shape {tuple(x.shape)}, this norm was built for "
+                f"(..., {len(self.weight)}): give it vectors of that width"
+            )
         if torch.is_grad_enabled():
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, None, self.eps).mul_(self.weight)
 
-# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c005
+# %% ../../nbs/01_gqa_rope/00_rmsnorm.ipynb #c036
 @dataclass(frozen=True, kw_only=True)
 class RMSNormConfig:
     "Scale each token's vector to root mean square 1, then by a learned gain."
