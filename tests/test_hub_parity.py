@@ -1,6 +1,5 @@
-"""Random configs of every family, through files on disk, in both directions, beside transformers."""
+"""Random configs of every family, through files on disk, both ways, beside transformers."""
 
-import json
 import os
 import random
 import subprocess
@@ -12,8 +11,9 @@ import torch
 
 from skylar.data.sources import cache_dir
 from skylar.data.tokenizer import BPETokenizer
+from skylar.layers.rope import deinterleave
 from skylar.models.decoder import CausalLM
-from skylar.models.hub import from_pretrained, load_tokenizer, save_pretrained
+from skylar.models.hub import end_ids, from_pretrained, load_tokenizer, save_pretrained
 from skylar.models.presets import get_config, gpt2, llama3, qwen3
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -109,3 +109,161 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, family, seed):
     assert_same_model(back, theirs, seed)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
     assert all(b.device.type == "cpu" for b in back.buffers())
+
+
+@pytest.mark.parametrize("bias, tied, dtype", [(True, True, "float32"), (False, False, "bfloat16")])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_model_that_transformers_made(tmp_path, family, bias, tied, dtype):
+    "Never saved by us: their config classes with their defaults, sharded by them."
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=61, tie_word_embeddings=tied)
+    modern = dict(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+        intermediate_size=31, initializer_range=0.3, attention_bias=bias,
+        max_position_embeddings=64)
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(
+            n_embd=24, n_head=4, n_layer=2, n_positions=64, initializer_range=0.3, **sizes),
+        "llama": lambda: transformers.LlamaConfig(**modern, **sizes),
+        "qwen3": lambda: transformers.Qwen3Config(**modern, **sizes, head_dim=10),
+    }[family]()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    rough(theirs, 1)
+    theirs.save_pretrained(tmp_path / "m", max_shard_size="10KB")
+    stored = {str(p.dtype) for p in from_pretrained(tmp_path / "m").parameters()}
+    assert stored == {f"torch.{dtype}"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.float32)
+    assert_same_model(from_pretrained(tmp_path / "m", torch.float32), theirs, 1)
+
+
+ALONE = """
+import sys, importlib.util
+sys.path = [p for p in sys.path if p not in ("", sys.argv[2])]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+assert importlib.util.find_spec("skylar") is None, "this process must not know skylar"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+chat = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Ciao"}], add_generation_prompt=True, return_tensors="pt",
+    return_dict=True)
+out = model.generate(**chat, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+assert "skylar" not in sys.modules
+print(type(model).__name__, out[0].tolist())
+"""
+
+
+def test_the_test_preset_opens_where_skylar_is_not_installed(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = BPETokenizer.train(["Ciao, come va? Bene, grazie. " * 30], vocab_size=290)
+    model = CausalLM(get_config("test", vocab_size=512, init_std=0.1)).eval()
+    save_pretrained(model, tmp_path / "m", tokenizer)
+    ids = load_tokenizer(tmp_path / "m").chat([{"role": "user", "content": "Ciao"}])
+    ends = torch.tensor(end_ids(tmp_path / "m"))
+
+    def logits_without_ends(ids):  # `min_new_tokens` forbids them
+        return model(ids).index_fill(-1, ends, -torch.inf)
+
+    with torch.no_grad():
+        expected = greedy(logits_without_ends, torch.tensor([ids]), 20)[0].tolist()
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "m", root], capture_output=True, text=True,
+        cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split(maxsplit=1) == ["Qwen3ForCausalLM", f"{expected}\n"]
+
+
+# --- what has no equal, through the Auto classes ----------------------------------------
+
+
+@pytest.mark.parametrize("config", [
+    dict(window=5, sinks=2, full_every=2, ffn="swiglu"),
+    dict(window=5, sinks=0, full_every=0, ffn="relu2", tie_embeddings=False),
+    dict(window=None, ffn="relu2", qk_norm=False, rope_scaling=SCALINGS[3]),
+])
+def test_skylar_for_causal_lm(tmp_path, config):
+    from skylar.models.auto import SkylarForCausalLM
+
+    torch.manual_seed(0)
+    model = CausalLM(get_config(
+        "test", family="skylar", vocab_size=97, n_layers=2, init_std=0.1, **config))
+    rough(model, 0)
+    save_pretrained(model, tmp_path / "ours")
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True)
+    assert type(theirs) is SkylarForCausalLM and not any(report.values())
+    assert_same_model(model, theirs, 0)
+    ids = torch.randint(97, (2, 9))
+    expected = greedy(lambda ids: model(ids), ids, 12)
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(out, expected)
+    padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), ids], dim=1)
+    mask = (torch.arange(13) >= 4).long().expand(2, 13)
+    out = theirs.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(out[:, 4:], expected), "left padding changes nothing"
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = from_pretrained(tmp_path / "theirs")
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+    loss = theirs(ids, labels=ids).loss
+    logits = model(ids)[:, :-1].flatten(0, 1)
+    assert loss.item() == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item(), rel=1e-5)
+
+
+def test_a_new_skylar_model_from_its_config():
+    from skylar.models.auto import SkylarConfig
+
+    args = dict(vocab_size=50, d_model=32, n_heads=4, n_kv_heads=2, n_layers=3, d_ff=40)
+    config = SkylarConfig(args=args, vocab_size=999)
+    assert config.vocab_size == 50 and config.num_hidden_layers == 3, "args have the last word"
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    std = model.model.layers[0].self_attn.o_proj.weight.std().item()
+    assert std == pytest.approx(0.02 / 6**0.5, rel=0.1), "first values are ours"
+    with pytest.raises(ValueError, match="d_modl"):
+        SkylarConfig(args={"d_modl": 32})
+
+
+# --- real weights -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    try:
+        return from_pretrained("smollm2")
+    except OSError as error:
+        pytest.skip(f"SmolLM2 is not in reach: {error}")
+
+
+def test_smollm2_equals_transformers(smollm2):
+    folder = cache_dir() / "smollm2" / "SmolLM2-135M-Instruct.Q4_1"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = load_tokenizer("smollm2")
+    chat = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    ids = torch.tensor([chat])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            smollm2(ids), theirs(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+        text = tokenizer.decode(greedy(smollm2, ids, 8)[0, ids.shape[1]:])
+    assert "Paris" in text and end_ids("smollm2") == [tokenizer.eos_id]
+
+
+def test_smollm2_the_rows_that_llama_cpp_permuted(smollm2):
+    "The file's own numbers, de-quantised here and put in Hugging Face's order."
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(cache_dir() / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    tensors = {t.name: t for t in reader.tensors}
+    for letter, n_heads in (("q", 9), ("k", 3)):
+        packed = tensors[f"blk.7.attn_{letter}.weight"]
+        rows = torch.tensor(gguf.quants.dequantize(packed.data, packed.tensor_type))
+        ours = getattr(smollm2.model.layers[7].self_attn, f"{letter}_proj").weight
+        assert torch.equal(deinterleave(rows, n_heads), ours) and not torch.equal(rows, ours)
