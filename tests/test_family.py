@@ -206,7 +206,7 @@ def test_describe_refuses_what_no_family_builds():
 
 def test_n_kv_heads_and_d_head_left_out():
     assert qwen3(n_kv_heads=None) == qwen3(n_kv_heads=16)
-    assert qwen3(d_model=64, n_heads=4, d_head=None) == qwen3(d_model=64, n_heads=4, d_head=16)
+    assert qwen3(d_model=512, d_head=None) == qwen3(d_model=512, d_head=32)
 
 
 def test_windows_lie_where_they_should():

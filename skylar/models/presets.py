@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'PRESETS', 'ALIASES', 'llama3', 'qwen3', 'skylar', 'resolve', 'from_args', 'get_config', 'describe',
            'weight_bytes', 'kv_bytes', 'kv_bytes_per_token']
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c002
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c003
 import difflib
 import inspect
 import types
@@ -23,7 +23,7 @@ from ..layers.norm import RMSNormConfig
 from ..layers.rope import RoPEConfig, read_scaling, write_scaling
 from .decoder import DecoderConfig, _require_positive, count_parameters, gpt2
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c003
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c018
 def _find(name: str, known, kind: str) -> str:
     "The entry of `known` that `name` means, whatever its case; `ValueError` if none."
     by_lower = {entry.lower(): entry for entry in known}
@@ -34,7 +34,7 @@ def _find(name: str, known, kind: str) -> str:
     hint = f"did you mean {near}?" if near else f"choose from {', '.join(known)}"
     raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c004
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c021
 _FFNS = {"swiglu": SwiGLUConfig, "relu2": ReLU2Config}
 
 
@@ -86,7 +86,7 @@ def _dense(
         attend=attend,
     )
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c005
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c023
 def llama3(
     *,
     vocab_size: int = 128_256,  # V
@@ -105,7 +105,7 @@ def llama3(
     bias: bool = False,  # in the projections of attention
     init_std: float = 0.02,  # of the first weights
 ) -> DecoderConfig:
-    """The Llama 3 family: RMSNorm, RoPE, GQA, SwiGLU (Grattafiori et al. 2024, section 3.2).
+    """The Llama 3 family: RMSNorm, RoPE, GQA, SwiGLU (Grattafiori et al. 2024, sec. 3.2).
 
     The defaults are the 8B model. Raises `ValueError` naming what does not fit.
     """
@@ -130,13 +130,13 @@ def qwen3(
     bias: bool = False,  # in the projections of attention
     init_std: float = 0.02,  # of the first weights
 ) -> DecoderConfig:
-    """The Qwen3 family: Llama 3 with normalised queries and keys (Yang et al. 2025, section 2).
+    """The Qwen3 family: Llama 3 with normalised queries and keys (Yang et al. 2025, sec. 2).
 
     The defaults are the 0.6B model. Raises `ValueError` naming what does not fit.
     """
     return _dense(**locals(), qk_norm=True)
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c006
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c039
 def skylar(
     *,
     vocab_size: int = 40_960,  # V
@@ -167,7 +167,7 @@ def skylar(
     """
     return _dense(**locals())
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c007
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c043
 FAMILIES = {"gpt2": gpt2, "llama3": llama3, "qwen3": qwen3, "skylar": skylar}
 
 _COLUMNS = ("d_model", "n_heads", "n_kv_heads", "d_head", "n_layers", "d_ff", "max_seq_len",
@@ -195,7 +195,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (family, its argum
 }
 ALIASES = {"small_plus": "small+", "medium_plus": "medium+"}
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c008
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c046
 def _typed(key: str, value: Any, hint: Any) -> Any:
     "`value` as the plain type that `hint` asks for; `ValueError` if it is another."
     allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -215,7 +215,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     given = type(value).__name__
     raise ValueError(f"{key}={value!r} is a {given}; {key} must be {wanted}")
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c009
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c048
 def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
     "`args` with every key known to the family and every value of its type."
     hints = get_type_hints(FAMILIES[family])
@@ -228,7 +228,7 @@ def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
         checked[key] = _typed(key, value, hints[key])
     return checked
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c010
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c050
 def _defaults(family: str) -> dict[str, Any]:
     "Every argument of a family with its default."
     parameters = inspect.signature(FAMILIES[family]).parameters.values()
@@ -278,7 +278,7 @@ def get_config(
     "The config of a preset, with some arguments changed. Errors as `resolve`."
     return from_args(resolve(name, family, **overrides))
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c011
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c054
 def _arguments(config: DecoderConfig) -> dict[str, Any]:
     "What any family could have been called with to give `config`, read off its parts."
     block = config.blocks[0]
@@ -320,7 +320,7 @@ def describe(
     raise ValueError(
         f"no family ({', '.join(FAMILIES)}) builds this config; describe it in Python")
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c012
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c063
 def weight_bytes(
     config: DecoderConfig,
     dtype: torch.dtype = torch.bfloat16,
