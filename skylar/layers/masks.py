@@ -75,11 +75,15 @@ def decode_attention(
 ) -> Tensor:  # (B, H, 1, Dv)
     "The heads of a group as rows of one product: each key is read once for all of them."
     rows = rearrange(q, "b (k g) 1 d -> b k g d", k=k.shape[1])
-    lonely = rows.shape[2] == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    if lonely:  # there, bf16 products with one row are slower than with two
-        rows = rows.expand(-1, -1, 2, -1)
+    n_rows = rows.shape[2]
+    if n_rows == 1 and k.shape[2] >= 256 and _is_cpu_bf16(q):
+        rows = rows.expand(-1, -1, 2, -1)  # that kernel is faster with two rows than one
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return rearrange(out[:, :, :1] if lonely else out, "b k g d -> b (k g) 1 d")
+    return rearrange(out[:, :, :n_rows], "b k g d -> b (k g) 1 d")
+
+
+def _is_cpu_bf16(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
 
 # %% ../../nbs/01_gqa_rope/04_masks.ipynb #c006
 class _Scalar:
@@ -111,10 +115,9 @@ def block_mask(
         seen = visible(_at(queries, b, i), _at(keys, b, j), rule)
         return seen[0, 0].clone()  # back to a scalar
 
-    alike = queries.documents is None and queries.index.ndim == keys.index.ndim == 1
-    alike = alike and keys.positions.ndim == 1
-    B = None if alike else len(queries.positions if queries.documents is None
-                               else queries.documents)
+    parts = [x for t in (queries, keys) for x in (t.index, t.positions, t.documents)]
+    differ = [len(x) for x in parts if x is not None and x.ndim == 2]  # from row to row
+    B = differ[0] if differ else None
     T, S = queries.index.shape[-1], keys.index.shape[-1]
     return create_block_mask(mask_mod, B, None, T, S, device=queries.index.device)
 
@@ -308,7 +311,7 @@ def plain(queries: Tokens, keys: Tokens, rule: Callable | None) -> bool:
 def _chunks_pay(q: Tensor, causal: bool) -> bool:
     "As measured in this lesson: CPUs multiply in bf16 faster than their fused kernel."
     T, training = q.shape[2], torch.is_grad_enabled() and q.requires_grad
-    if q.dtype == torch.bfloat16:
+    if _is_cpu_bf16(q):
         return training or T >= 2 * CHUNK
     return not causal and T >= 2 * CHUNK
 
@@ -323,7 +326,11 @@ def attend(
     rule: Callable | None = None,  # (queries, keys) -> bool, such as a `Window`
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, T, Dv)
-    "Attention under `visible(queries, keys, rule)`, by the path that suits this call."
+    """Attention under `visible(queries, keys, rule)`, by the path that suits this call.
+
+    Raises `ValueError` for heads that cannot be grouped and tokens that are not described.
+    """
+    _check(q, k, queries, keys)
     q, k, v = _autocast(q, k, v)
     path = choose(q, k, queries, keys, rule=rule, dropout=dropout)
     if path == "causal":
@@ -337,6 +344,17 @@ def attend(
     everything = plain(queries, keys, rule)
     mask = None if everything else dense_mask(queries, keys, rule, q.dtype)
     return decode_attention(q, k, v, mask)
+
+
+def _check(q: Tensor, k: Tensor, queries: Tokens, keys: Tokens) -> None:
+    H, K = q.shape[1], k.shape[1]
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} key heads: make H a multiple of K")
+    for name, x, tokens in (("queries", q, queries), ("keys", k, keys)):
+        if x.shape[2] != tokens.index.shape[-1]:
+            raise ValueError(
+                f"{x.shape[2]} {name} with places for {tokens.index.shape[-1]}: "
+                "give the Tokens that belong to them")
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
