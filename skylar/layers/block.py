@@ -45,7 +45,8 @@ class MLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        p = config.dropout  # without it, no call that a short step would feel
+        self.dropout = nn.Dropout(p) if p else nn.Identity()
 
     def forward(
         self,
@@ -89,7 +90,8 @@ class Block(nn.Module):
         self.self_attn = config.attention.build(d_model)
         self.post_attention_layernorm = config.norm.build(d_model)
         self.mlp = config.ffn.build(d_model)
-        self.dropout = nn.Dropout(config.dropout)
+        p = config.dropout  # without it, no call that a short step would feel
+        self.dropout = nn.Dropout(p) if p else nn.Identity()
         self.pre_norm = config.pre_norm
 
     def forward(

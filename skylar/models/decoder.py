@@ -115,7 +115,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_positions = config.positions.build(D) if config.positions else None
-        self.dropout = nn.Dropout(config.dropout)
+        p = config.dropout  # without it, no call that a short step would feel
+        self.dropout = nn.Dropout(p) if p else nn.Identity()
         self.layers = nn.ModuleList(block.build(D) for block in config.blocks)
         self.norm = config.norm.build(D)
 

@@ -1,0 +1,183 @@
+"""Tokens per second of cached decoding: Skylar against transformers, on the same weights.
+
+One folder of weights is opened by both sides, in this process; they continue the same prompts
+greedily, in turns, and must say the same tokens. transformers gets each of its caches, and the
+faster one counts. Also how fast a prompt is read, and what share of this machine's memory
+bandwidth decoding reaches: each token reads every weight once.
+
+    python bench/decode.py                              # all cases, under 8 minutes
+    python bench/decode.py --only test-fp32 --rounds 3 --dry
+    python bench/decode.py --smollm FOLDER              # real weights instead of random ones
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from common import record
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from skylar.inference.generate import generate, next_logits
+from skylar.inference.sampling import inference
+from skylar.layers.cache import KVCache
+from skylar.models.decoder import CausalLM
+from skylar.models.hub import from_pretrained, save_pretrained
+from skylar.models.presets import get_config, llama3
+
+SMOLLM2 = dict(  # SmolLM2-135M (Allal et al. 2025)
+    vocab_size=49_152, d_model=576, n_heads=9, n_kv_heads=3, d_head=64, n_layers=30, d_ff=1536,
+    max_seq_len=8192, rope_theta=100_000.0, tie_embeddings=True, init_std=0.04,
+)
+CASES = {  # model, dtype, batch size, new tokens, target: ours over theirs
+    "test-fp32-1": ("test", torch.float32, 1, 128, 2.5),
+    "test-fp32-8": ("test", torch.float32, 8, 64, 2.5),
+    "test-bf16-1": ("test", torch.bfloat16, 1, 128, 2.5),
+    "test-bf16-8": ("test", torch.bfloat16, 8, 64, 2.5),
+    "smollm2-bf16-1": ("smollm2", torch.bfloat16, 1, 24, 1.5),
+    "smollm2-bf16-8": ("smollm2", torch.bfloat16, 8, 24, 1.3),
+}
+PROMPT, PREFILL = 32, 512  # tokens read before decoding; tokens of the prompt that is timed
+CACHES = {  # of transformers; its static one without torch.compile, which takes minutes here
+    "dynamic": dict(cache_implementation="dynamic"),
+    "static": dict(cache_implementation="static", disable_compile=True),
+}
+
+
+def seconds(f) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def bandwidth(gigabytes: float = 1.0) -> float:
+    """Bytes a second that all threads together read from memory: the best of five sums."""
+    x = torch.ones(int(gigabytes * 2**30) // 4)
+    x.sum()
+    return x.nbytes / min(seconds(x.sum) for _ in range(5))
+
+
+def both(name: str, dtype: torch.dtype, smollm: str | None):
+    """The model as Skylar and as transformers open it, from one folder."""
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "smollm2" and smollm:
+            folder = smollm
+        else:
+            config = llama3(**SMOLLM2) if name == "smollm2" else get_config("test")
+            save_pretrained(CausalLM(config), folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return from_pretrained(folder, dtype=dtype), theirs
+
+
+def their_generate(theirs, ids, n: int, **cache):
+    """Greedy, no early end, no warnings."""
+    return theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+        eos_token_id=None, pad_token_id=0, **cache)
+
+
+def fastest_cache(theirs, ids, n: int) -> str:
+    """The name of transformers' cache that takes least time, after a warm-up of each."""
+    took = {}
+    for name, cache in CACHES.items():
+        their_generate(theirs, ids, 4, **cache)
+        took[name] = min(seconds(lambda: their_generate(theirs, ids, n, **cache))  # noqa: B023
+                         for _ in range(2))
+    return min(took, key=took.get)
+
+
+def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Share of new tokens up to which all rows are equal: 1 = the same text."""
+    same = (a == b).all(0)
+    return float(same.cumprod(0)[PROMPT:].float().mean())
+
+
+def turns(ours, theirs, rounds: int) -> tuple[float, float, list[float]]:
+    """Median seconds of each side, and quartiles of the ratio, over interleaved rounds."""
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
+    a, b = (statistics.median(side) for side in zip(*pairs))
+    quartiles = statistics.quantiles([y / x for x, y in pairs], n=4)
+    return a, b, [round(q, 3) for q in quartiles]
+
+
+def row(case: str, what: str, tokens: int, a: float, b: float, quartiles, target, **more) -> dict:
+    return {
+        "case": case, "what": what, "skylar_tokens_per_s": round(tokens / a, 1),
+        "transformers_tokens_per_s": round(tokens / b, 1), "ratio": quartiles[1],
+        "ratio_quartiles": quartiles, "target": target, "met": quartiles[1] >= target, **more,
+    }
+
+
+def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float) -> dict:
+    """One row: a whole greedy continuation on both sides."""
+    _, dtype, batch, n, target = CASES[case]
+    ids = torch.randint(ours.config.vocab_size, (batch, PROMPT))
+    cache = fastest_cache(theirs, ids, n)
+    mine = generate(ours, ids, n, temperature=0)
+    same = agreement(mine, their_generate(theirs, ids, n, **CACHES[cache]))
+    assert dtype != torch.float32 or same == 1, f"{case}: the two sides say different tokens"
+    a, b, quartiles = turns(
+        lambda: generate(ours, ids, n, temperature=0),
+        lambda: their_generate(theirs, ids, n, **CACHES[cache]), rounds)
+    weights = sum(p.nbytes for p in ours.parameters())
+    return row(case, "decode", batch * n, a, b, quartiles, target, batch=batch,
+               transformers_cache=cache, same_tokens=round(same, 3),
+               weights_mb=round(weights / 1e6, 1), weights_gb_per_s=round(weights * n / a / 1e9, 2),
+               share_of_bandwidth=round(weights * n / a / bytes_per_s, 3))
+
+
+def prefill(case: str, ours, theirs, rounds: int) -> dict:
+    """One row: a prompt read into an empty cache, to the scores of the next token."""
+    _, dtype, batch, _, _ = CASES[case]
+    ids = torch.randint(ours.config.vocab_size, (batch, PREFILL))
+
+    def mine():
+        with inference(ours):
+            next_logits(ours, ids, None, KVCache(ours.config, batch, PREFILL, dtype))
+
+    @torch.no_grad()
+    def other():
+        theirs(ids, use_cache=True, logits_to_keep=1)
+
+    for _ in range(2):
+        mine(), other()
+    return row(case, "prefill", batch * PREFILL, *turns(mine, other, rounds), 1.0, batch=batch)
+
+
+def summary(rows: list[dict]) -> list[list[str]]:
+    """What, ours, theirs, ratio, target: lines of a README table."""
+    return [[
+        f"{r['what']}, {r['case']}", f"{r['skylar_tokens_per_s']:,} tokens/s",
+        f"{r['transformers_tokens_per_s']:,} tokens/s (transformers)", f"{r['ratio']:.2f}x",
+        f"{r['target']}x"] for r in rows]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name begins so")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--smollm", help="folder of SmolLM2-135M in Hugging Face's layout")
+    parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    speed, rows = bandwidth(), []
+    print(f"memory is read at {speed / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
+    for case, (name, dtype, *_) in CASES.items():
+        if case.startswith(args.only):
+            ours, theirs = both(name, dtype, args.smollm)
+            rows.append(decode(case, ours, theirs, args.rounds, speed))
+            print(rows[-1], flush=True)
+            rows.append(prefill(case, ours, theirs, max(3, args.rounds // 2)))
+            print(rows[-1], flush=True)
+    if not args.dry:
+        record("decode", rows, summary=summary(rows), prompt=PROMPT, rounds=args.rounds,
+               memory_gb_per_s=round(speed / 1e9, 2), threads=torch.get_num_threads(),
+               smollm="real weights" if args.smollm else "random weights of that shape")
+
+
+if __name__ == "__main__":
+    main()
