@@ -72,7 +72,8 @@ def chunkings(length, seed):
     while rest:
         parts.append(pick.randint(1, rest))
         rest -= parts[-1]
-    return [[length], [1] * length, [length // 2] + [1] * (length - length // 2), parts]
+    prompt = (length + 1) // 2
+    return [[length], [1] * length, [prompt] + [1] * (length - prompt), parts]
 
 
 @pytest.fixture(autouse=True)

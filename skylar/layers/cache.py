@@ -134,7 +134,7 @@ def layer_cache(
     kind = GrowingCache if capacity is None else LayerCache
     return kind(batch_size, n_kv_heads, d_head, capacity or FIRST_ROOM, dtype, device)
 
-# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c072
+# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c074
 class Places:
     "Where the tokens read so far stand: their positions and documents."
 
@@ -188,7 +188,7 @@ class Places:
         self.positions = None if self.positions is None else how(self.positions)
         self.documents = None if self.documents is None else how(self.documents)
 
-# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c074
+# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c076
 class LayerCaches:
     "A cache for each block of a decoder."
 
@@ -230,7 +230,7 @@ class LayerCaches:
         "Forget everything; the memory is kept for the next text."
         self.crop(0)
 
-# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c075
+# %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c077
 class KVCache(LayerCaches):
     """What a decoder remembers of the tokens it has read: `model(ids, cache=cache)`.
 
