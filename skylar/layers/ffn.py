@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SwiGLU', 'ReLU2', 'SwiGLUConfig', 'ReLU2Config']
 
-# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c002
+# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c003
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .block import check_dropout
 
-# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c003
+# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c027
 class SwiGLU(nn.Module):
     "down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."
 
@@ -31,9 +31,9 @@ class SwiGLU(nn.Module):
         h = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (..., F)
         return self.down_proj(self.dropout(h))
 
-# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c004
+# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c028
 class ReLU2(nn.Module):
-    "down(relu(up(x))²) (So et al. 2021, Primer): no gate, and most hidden units at zero."
+    "down(relu(up(x))²) (So et al. 2021, Primer): no gate, and many hidden units at zero."
 
     def __init__(self, config: "ReLU2Config", d_model: int):
         super().__init__()
@@ -48,7 +48,7 @@ class ReLU2(nn.Module):
         h = F.relu(self.up_proj(x)).square()  # (..., F)
         return self.down_proj(self.dropout(h))
 
-# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c005
+# %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c030
 @dataclass(frozen=True, kw_only=True)
 class _FFNConfig:
     d_ff: int  # F, hidden width
