@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from ..data.chat import PretrainedTokenizer, with_chat
 from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shards
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
-from ..data.chat import PretrainedTokenizer
 from ..models.decoder import CausalLM, DecoderConfig, count_parameters
 from ..models.decoder import flops_per_token
 from ..models.hub import end_ids, from_pretrained, load_tokenizer
@@ -394,17 +394,18 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
 # %% ../../nbs/runs.ipynb #c038
 def open_model(
     where: str,  # a run folder, a folder in Hugging Face's format, or owner/name
-) -> tuple[CausalLM, BPETokenizer | PretrainedTokenizer, tuple[int, ...]]:
+) -> tuple[CausalLM, PretrainedTokenizer, tuple[int, ...]]:
     "Model, tokenizer, and the tokens that end a text."
     folder = Path(where)
     if folder.is_dir() and not (folder / "config.json").exists():
         model, tokenizer, _ = load_run(folder)
-        return model, PretrainedTokenizer.load(folder / "tokenizer"), (tokenizer.eos_id,)
+        tokenizer = with_chat(tokenizer)
+        return model, tokenizer, tokenizer.end_ids
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
         raise FileNotFoundError(
             f"no folder {where}; give a run (`skylar pretrain` makes one), a model "
             "folder, or the hub's owner/name")
-    return from_pretrained(where).eval(), load_tokenizer(where), end_ids(where)
+    return from_pretrained(where), load_tokenizer(where), tuple(end_ids(where))
 
 # %% ../../nbs/runs.ipynb #c039
 def measure(
