@@ -46,7 +46,7 @@ def _head_width(d_model: int, n_heads: int, d_head: int | None) -> int:
             "change one of them, or give d_head")
     return d_model // n_heads if d_head is None else d_head
 
-
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c022
 def _dense(
     *, vocab_size, d_model, n_heads, n_kv_heads, d_head, n_layers, d_ff, max_seq_len,
     rope_theta, rope_scaling, norm_eps, dropout, tie_embeddings, bias, init_std,
@@ -86,7 +86,7 @@ def _dense(
         attend=attend,
     )
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c023
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c024
 def llama3(
     *,
     vocab_size: int = 128_256,  # V
@@ -111,7 +111,7 @@ def llama3(
     """
     return _dense(**locals())
 
-
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c026
 def qwen3(
     *,
     vocab_size: int = 151_936,  # V
@@ -136,7 +136,7 @@ def qwen3(
     """
     return _dense(**locals(), qk_norm=True)
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c039
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c042
 def skylar(
     *,
     vocab_size: int = 40_960,  # V
@@ -167,7 +167,7 @@ def skylar(
     """
     return _dense(**locals())
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c043
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c048
 FAMILIES = {"gpt2": gpt2, "llama3": llama3, "qwen3": qwen3, "skylar": skylar}
 
 _COLUMNS = ("d_model", "n_heads", "n_kv_heads", "d_head", "n_layers", "d_ff", "max_seq_len",
@@ -195,7 +195,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> (family, its argum
 }
 ALIASES = {"small_plus": "small+", "medium_plus": "medium+"}
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c046
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c051
 def _typed(key: str, value: Any, hint: Any) -> Any:
     "`value` as the plain type that `hint` asks for; `ValueError` if it is another."
     allowed = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -215,7 +215,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     given = type(value).__name__
     raise ValueError(f"{key}={value!r} is a {given}; {key} must be {wanted}")
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c048
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c053
 def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
     "`args` with every key known to the family and every value of its type."
     hints = get_type_hints(FAMILIES[family])
@@ -228,7 +228,7 @@ def _checked(family: str, args: dict[str, Any]) -> dict[str, Any]:
         checked[key] = _typed(key, value, hints[key])
     return checked
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c050
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c055
 def _defaults(family: str) -> dict[str, Any]:
     "Every argument of a family with its default."
     parameters = inspect.signature(FAMILIES[family]).parameters.values()
@@ -258,7 +258,7 @@ def resolve(
     FAMILIES[family](**args)  # refuses sizes that do not fit, now and not in training
     return {"family": family, "args": args}
 
-
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c058
 def from_args(
     resolved: dict[str, Any],  # what `resolve` returned, perhaps by way of a JSON file
 ) -> DecoderConfig:
@@ -278,7 +278,7 @@ def get_config(
     "The config of a preset, with some arguments changed. Errors as `resolve`."
     return from_args(resolve(name, family, **overrides))
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c054
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c061
 def _arguments(config: DecoderConfig) -> dict[str, Any]:
     "What any family could have been called with to give `config`, read off its parts."
     block = config.blocks[0]
@@ -300,7 +300,7 @@ def _arguments(config: DecoderConfig) -> dict[str, Any]:
         found |= {"window": window.size, "sinks": window.sinks, "full_every": full_every}
     return found
 
-
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c062
 def describe(
     config: DecoderConfig,
 ) -> dict[str, Any]:  # {"family": ..., "args": {...}}, complete and JSON-able
@@ -320,7 +320,7 @@ def describe(
     raise ValueError(
         f"no family ({', '.join(FAMILIES)}) builds this config; describe it in Python")
 
-# %% ../../nbs/01_gqa_rope/06_family.ipynb #c063
+# %% ../../nbs/01_gqa_rope/06_family.ipynb #c071
 def weight_bytes(
     config: DecoderConfig,
     dtype: torch.dtype = torch.bfloat16,
