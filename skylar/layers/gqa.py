@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NOBODY', 'Window', 'RingCache', 'GQAConfig', 'GroupedQueryAttention']
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c002
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c003
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .cache import LayerCache, check_crop, check_fit, layer_cache
 from .norm import RMSNormConfig
 from .rope import RoPEConfig, apply_rope
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c003
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c043
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """Look back at the last `size` tokens, yourself included, and at the first `sinks`.
@@ -47,7 +48,7 @@ class Window:
         near = age < self.size
         return near | (keys.positions[..., None, :] < self.sinks) if self.sinks else near
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c004
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c049
 NOBODY = torch.iinfo(torch.int64).max  # index of an empty seat: later than every query
 
 
@@ -66,18 +67,77 @@ def _rows_alike(*parts: Tensor) -> list[Tensor]:
     rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return [part.expand(*rows, -1) for part in parts]
 
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c051
+def _choose_seats(window: Window, tokens: Tokens) -> Tensor:  # (T,) or (B, T)
+    "A document's first tokens sit on seats of their own, all others on the ring."
+    seat = tokens.index % window.size + window.sinks
+    if window.sinks:
+        seat = torch.where(tokens.positions < window.sinks, tokens.positions, seat)
+    return seat
 
-def _beside(held: Tensor, new: Tensor) -> Tensor:
-    return torch.cat(_rows_alike(held, new), dim=-1)
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c005
+def _last_to_come(seat: Tensor, n_seats: int) -> Tensor:  # (S,) or (B, S)
+    "Of S seated and T new tokens, numbered in this order: who has each seat in the end."
+    numbers = torch.arange(n_seats + seat.shape[-1], device=seat.device)
+    old, new = numbers[:n_seats], numbers[n_seats:]
+    old = old.expand(*seat.shape[:-1], -1)
+    return old.scatter_reduce(-1, seat, new.expand_as(seat), "amax")
+
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c054
+def _take_seats(
+    window: Window,
+    seated: Tokens | None,  # who sits where; None: nobody yet
+    tokens: Tokens,  # T new ones
+) -> tuple[Tensor, Tensor | None, Tokens, Tokens]:
+    seat, n_seats = _choose_seats(window, tokens), window.sinks + window.size
+    zeros = torch.zeros(n_seats, dtype=torch.int64, device=seat.device)
+    held = seated or Tokens(
+        index=zeros + NOBODY, positions=zeros,
+        documents=None if tokens.documents is None else zeros)
+
+    def put(old, new):
+        old, at, new = _rows_alike(old, seat, new)
+        return old.scatter(-1, at, new)
+
+    def beside(old, new):
+        return torch.cat(_rows_alike(old, new), dim=-1)
+
+    def take(all):
+        all, at = _rows_alike(all, holder)
+        return all.gather(-1, at)
+
+    if tokens.index.shape[-1] == 1:  # who has to leave is out of sight: write, then look
+        now = _each(put, held, tokens)
+        return seat, None, now, now
+    holder = _last_to_come(seat, n_seats)  # others still see who leaves: look, then write
+    everyone = _each(beside, held, tokens)
+    keys = tokens if seated is None else everyone  # nothing older: as without a cache
+    return seat, holder, keys, _each(take, everyone)
+
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c056
+def _go_back(window: Window, seated: Tokens, length: int, new_length: int) -> Tokens:
+    "Those seated without tokens from `new_length` on; `ValueError` if they replaced others."
+    index, positions = seated.index, seated.positions
+    gone = (index >= new_length) & (index < NOBODY)
+    newer = gone & (positions < window.sinks) & (positions != index)  # a later document's
+    if newer.any() or length > max(window.size, new_length + 1):
+        raise ValueError(
+            f"cannot crop from {length} to {new_length} tokens: a window of {window.size} "
+            "has overwritten what came before; reset() and read again")
+    return Tokens(index=index.masked_fill(gone, NOBODY), positions=positions,
+                  documents=seated.documents)
+
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c057
+def _moved(x: Tensor, rows: Tensor) -> Tensor:
+    "Row i becomes what row `rows[i]` was; what all rows share stays."
+    return x if x.ndim == 1 else x[rows]
+
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c059
 class RingCache(LayerCache):
     """Keys and values that a `Window` can still see: sinks + size tokens a row, for ever.
 
-    A token sits down where nobody can see the one who sat there: the first `sinks` of a
-    document on seats of their own, all others on seat `index % size` of the ring. `update`
-    returns the seats, in no order of time, with `Tokens` that say who sits where; an empty
-    seat is later than every query, so that no mask lets anyone see it.
+    A token sits down where nobody can see the one who sat there. The seats are in no order
+    of time; an empty one is later than every query, so that no mask lets anyone see it.
     """
 
     def __init__(
@@ -89,8 +149,8 @@ class RingCache(LayerCache):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        seats = window.sinks + window.size  # S
-        super().__init__(batch_size, n_kv_heads, d_head, seats, dtype, device)
+        super().__init__(
+            batch_size, n_kv_heads, d_head, window.sinks + window.size, dtype, device)
         self.keys.zero_(), self.values.zero_()  # weight 0 times an unwritten nan is nan
         self.window = window
         self.seated: Tokens | None = None  # who sits where; one object for all like layers
@@ -100,89 +160,58 @@ class RingCache(LayerCache):
         k: Tensor,  # (B, K, T, Dh) keys of the new tokens
         v: Tensor,  # (B, K, T, Dh)
         tokens: Tokens,  # the T new ones
-    ) -> tuple[Tensor, Tensor, Tokens]:  # keys and values (B, K, S or S + T, Dh), their tokens
+    ) -> tuple[Tensor, Tensor, Tokens]:  # (B, K, S or S + T, Dh) twice, and their tokens
         "Remember k and v; returns all that the new tokens may look at, and more."
         check_fit(k, v, self.keys)
-        seat, holder, keys, seated = tokens.once(
-            ("ring", self.window, self.seated), lambda: self._seat(tokens))
-        if holder is None:  # who has to leave is out of sight already: write, then look
+        first, window, seated = self.seated is None, self.window, self.seated
+        seat, holder, keys, self.seated = tokens.once(
+            ("ring", window, seated), lambda: _take_seats(window, seated, tokens))
+        self.length += k.shape[2]
+        if holder is None:
             place = seat[..., None, :, None].expand_as(k)
             self.keys.scatter_(2, place, k)
             self.values.scatter_(2, place, v)
-            k, v = self.keys, self.values
-        else:  # the first of the new ones still see those who leave: look, then write
-            all_k, all_v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-            holder = holder[..., None, :, None].expand(*k.shape[:2], -1, k.shape[3])
-            self.keys, self.values = all_k.gather(2, holder), all_v.gather(2, holder)
-            if self.seated is not None:  # else nothing older: as without a cache
-                k, v = all_k, all_v
-        self.seated, self.length = seated, self.length + tokens.index.shape[-1]
-        return k, v, keys
-
-    def _seat(self, tokens: Tokens) -> tuple[Tensor, Tensor | None, Tokens, Tokens]:
-        "Seats of the new tokens; each seat's next holder; whom they may see; who sits then."
-        held = self.seated or self._nobody(tokens)
-        seat = tokens.index % self.window.size + self.window.sinks
-        if self.window.sinks:
-            seat = torch.where(tokens.positions < self.window.sinks, tokens.positions, seat)
-        if tokens.index.shape[-1] == 1:
-            def put(old, new):
-                old, at, new = _rows_alike(old, seat, new)
-                return old.scatter(-1, at, new)
-
-            seated = _each(put, held, tokens)
-            return seat, None, seated, seated
-        holder = self._last_to_come(seat)
-        everyone = _each(_beside, held, tokens)
-
-        def take(all):
-            all, at = _rows_alike(all, holder)
-            return all.gather(-1, at)
-
-        keys = tokens if self.seated is None else everyone  # nothing older: as uncached
-        return seat, holder, keys, _each(take, everyone)
-
-    def _last_to_come(self, seat: Tensor) -> Tensor:
-        "Of S seated and T new tokens, numbered in this order: who has each seat in the end."
-        S, T = self.keys.shape[2], seat.shape[-1]
-        numbers = torch.arange(S + T, device=seat.device)
-        old, new = numbers[:S].expand(*seat.shape[:-1], -1), numbers[S:].expand_as(seat)
-        return old.scatter_reduce(-1, seat, new, "amax")
-
-    def _nobody(self, tokens: Tokens) -> Tokens:
-        "A ring of empty seats."
-        zeros = torch.zeros(self.keys.shape[2], dtype=torch.int64, device=self.keys.device)
-        documents = None if tokens.documents is None else zeros
-        return Tokens(index=zeros + NOBODY, positions=zeros, documents=documents)
+            return self.keys, self.values, keys
+        all_k, all_v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        holder = holder[..., None, :, None].expand_as(self.keys)
+        self.keys, self.values = all_k.gather(2, holder), all_v.gather(2, holder)
+        return (k, v, keys) if first else (all_k, all_v, keys)
 
     def crop(self, length: int) -> None:
-        "Forget all but the first `length` tokens; `ValueError` if that needs who has left."
+        "Forget all but the first `length` tokens; `ValueError` if others replaced them."
         check_crop(length, self.length)
         if length == 0:
             self.seated = None
         elif length < self.length:
-            self.seated = self.seated.once(("crop", length), lambda: self._cropped(length))
+            self.seated = self.seated.once(("crop", length), lambda: _go_back(
+                self.window, self.seated, self.length, length))
         self.length = length
-
-    def _cropped(self, length: int) -> Tokens:
-        index, positions = self.seated.index, self.seated.positions
-        gone = (index >= length) & (index < NOBODY)
-        newer = gone & (positions < self.window.sinks) & (positions != index)
-        if newer.any() or self.length > max(self.window.size, length + 1):
-            raise ValueError(
-                f"cannot crop from {self.length} to {length} tokens: a window of "
-                f"{self.window.size} has overwritten what came before; reset() and read again")
-        return Tokens(index=index.masked_fill(gone, NOBODY), positions=positions,
-                      documents=self.seated.documents)
 
     def reorder(self, rows: Tensor) -> None:
         "Row i becomes what row `rows[i]` was; rows may be repeated or left out."
         super().reorder(rows)
         if self.seated is not None:
-            self.seated = self.seated.once(("rows", rows), lambda: _each(
-                lambda x: x if x.ndim == 1 else x[rows], self.seated))
+            self.seated = self.seated.once(  # one result for all layers
+                ("rows", rows), lambda: _each(partial(_moved, rows=rows), self.seated))
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c006
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c061
+def _check_width(d_head: int, rope: RoPEConfig | None) -> None:
+    if d_head < 1:
+        raise ValueError(f"d_head={d_head}: a head needs at least one dimension")
+    if rope is not None and d_head % 2:
+        raise ValueError(
+            f"d_head={d_head} is odd: RoPE turns pairs; give an even width, or rope=None")
+
+
+def _check_heads(H: int, K: int | None) -> None:
+    if H < 1:
+        raise ValueError(f"n_heads={H}: attention needs at least one head")
+    if K is not None and (K < 1 or H % K):
+        raise ValueError(
+            f"n_kv_heads={K} does not divide n_heads={H}: each key-value head serves "
+            "the same number of query heads; choose a divisor")
+
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c062
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
     """Grouped-query attention: `n_heads` ask, `n_kv_heads` are asked (Ainslie et al. 2023).
@@ -201,24 +230,11 @@ class GQAConfig:
     dropout: float = 0.0  # probability of dropping an attention weight while training
 
     def __post_init__(self):
-        H, K = self.n_heads, self.n_kv_heads
-        if H < 1:
-            raise ValueError(f"n_heads={H}: attention needs at least one head")
-        if K is not None and (K < 1 or H % K):
-            raise ValueError(
-                f"n_kv_heads={K} does not divide n_heads={H}: each key-value head serves "
-                "the same number of query heads; choose a divisor")
+        _check_heads(self.n_heads, self.n_kv_heads)
         if self.d_head is not None:
-            self._check_width(self.d_head)
+            _check_width(self.d_head, self.rope)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: give a probability in [0, 1)")
-
-    def _check_width(self, d_head: int) -> None:
-        if d_head < 1:
-            raise ValueError(f"d_head={d_head}: a head needs at least one dimension")
-        if self.rope is not None and d_head % 2:
-            raise ValueError(
-                f"d_head={d_head} is odd: RoPE turns pairs; give an even width, or rope=None")
 
     def sizes(self, d_model: int) -> tuple[int, int, int]:
         "(H, K, Dh) in a model of width `d_model`; `ValueError` if it does not divide."
@@ -228,7 +244,7 @@ class GQAConfig:
                 f"d_model={d_model} is not divisible by n_heads={H}: change one of them, "
                 "or set d_head")
         Dh = self.d_head or d_model // H
-        self._check_width(Dh)
+        _check_width(Dh, self.rope)
         return H, self.n_kv_heads or H, Dh
 
     def build(self, d_model: int) -> "GroupedQueryAttention":
@@ -250,12 +266,12 @@ class GQAConfig:
         _, K, Dh = self.sizes(d_model)
         return RingCache(batch_size, K, Dh, w, dtype, device)
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c007
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c064
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H query heads share K heads of keys and values.
 
     Order of work as in Qwen3: project, normalise each head's queries and keys if asked,
-    turn them by RoPE, attend, project back. (Ainslie et al. 2023; Yang et al. 2025)
+    turn them by RoPE, attend, project back (Ainslie et al. 2023; Yang et al. 2025).
     """
 
     def __init__(self, config: GQAConfig, d_model: int):
