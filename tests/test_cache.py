@@ -506,3 +506,18 @@ def test_an_attention_config_may_bring_its_own_cache():
     cache = KVCache(model.config, 2, 40, torch.float64)
     assert made == [(D, 2, 40, torch.float64, None)] * 2
     assert len(cache) == 2 and isinstance(cache[1], LayerCache)
+
+
+def test_all_layers_go_back_or_none():
+    """A window that has already forgotten what it would need keeps the others as they were."""
+    blocks = tuple(
+        BlockConfig(attention=a, ffn=MLPConfig(d_ff=D), norm=LayerNormConfig())
+        for a in (MHA, LAYERS["window"], MHA))
+    model = build(blocks)
+    ids, cache = ids_of(model, 1, 40), cache_of(model, 1, 40)
+    first = read(model, ids[:, :30], cache, [20] + [1] * 10)
+    with pytest.raises(ValueError):
+        cache.crop(12)
+    assert [layer.length for layer in cache] == [30, 30, 30]
+    rest = read(model, ids[:, 30:], cache, [10])
+    torch.testing.assert_close(torch.cat([first, rest], 1), model(ids), rtol=0, atol=1e-11)

@@ -24,22 +24,20 @@ def check_fit(
     held: Tensor,  # (B, K, capacity, Dh) where they are to be stored
 ) -> None:
     "`ValueError` if shape, dtype or device differ, or gradients would be stored."
-    if (
-        k.shape[:2] == held.shape[:2] and k.shape[3] == held.shape[3]
-        and k.dtype == v.dtype == held.dtype and k.device == held.device
-        and not k.requires_grad
-    ):
+    (B, K, _, Dh), (rows, heads, _, width) = k.shape, held.shape
+    same_shape = B == rows and K == heads and Dh == width
+    same_kind = k.dtype == v.dtype == held.dtype and k.device == held.device
+    if same_shape and same_kind and not k.requires_grad:
         return
     if k.requires_grad:
         raise ValueError("a cache holds no gradients; call the model under torch.no_grad()")
-    new, ours = ((t.shape[0], t.shape[1], t.shape[3]) for t in (k, held))
-    if new != ours:
+    if not same_shape:
         raise ValueError(
-            f"keys of (batch, heads, width) = {new} do not fit a cache made for {ours}; "
-            "make one for this batch_size and with the model's own config")
+            f"keys of (batch, heads, width) = {(B, K, Dh)}, but the cache is for "
+            f"{(rows, heads, width)}; make it with this batch_size and config")
     raise ValueError(
-        f"keys are {k.dtype} and values {v.dtype} on {k.device}, the cache is {held.dtype} "
-        f"on {held.device}; make it with the model's dtype and device")
+        f"{k.dtype} keys and {v.dtype} values on {k.device}, but the cache is "
+        f"{held.dtype} on {held.device}; make it like the model")
 
 def check_crop(length: int, held: int) -> None:
     "`ValueError` unless a cache that holds `held` tokens can go back to `length`."
