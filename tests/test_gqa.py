@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skylar.layers.attention import Tokens, visible
+from skylar.layers.attention import Tokens, fused_attention, visible
 from skylar.layers.block import BlockConfig
 from skylar.layers.cache import KVCache, LayerCache
 from skylar.layers.ffn import SwiGLUConfig
 from skylar.layers.gqa import GQAConfig, GroupedQueryAttention, RingCache, Window
+from skylar.layers.masks import attend
 from skylar.layers.norm import RMSNormConfig
 from skylar.layers.rope import LinearScaling, RoPEConfig
 from skylar.models.decoder import CausalLM, DecoderConfig, restarting_positions
@@ -290,6 +291,24 @@ def test_decoder_with_rings_equals_uncached(capacity):
 
 
 @torch.no_grad()
+def test_every_kernel_reads_seats_in_any_order():
+    model = small_model(window=Window(size=150, sinks=3))
+    config = replace(model.config, attend=attend, max_seq_len=900)
+    ids = torch.randint(31, (2, 700))
+    real = (torch.arange(700) >= torch.tensor([[0], [13]])).long()
+    other = CausalLM(config).eval()
+    other.load_state_dict(model.state_dict())
+    plain = CausalLM(replace(config, attend=fused_attention)).eval()
+    plain.load_state_dict(model.state_dict())
+    cache, logits = KVCache(config, 2), []
+    for start, end in ((0, 300), (300, 301), (301, 660), (660, 661), (661, 700)):
+        chunk = slice(start, end)
+        logits.append(other(ids[:, chunk], document_ids=real[:, chunk], cache=cache))
+    expected = plain(ids, document_ids=real)
+    assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_like_rings_seat_their_tokens_together():
     model, ids = small_model(), torch.randint(31, (2, 30))
     cache = KVCache(model.config, 2)
@@ -413,9 +432,6 @@ def test_ring_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="float64.*float32"):
         cache.update(k[:1].double(), k[:1].double(), tokens)
     assert cache.length == 0 and cache.seated is None
-
-
-# --- Hugging Face -------------------------------------------------------------------------------
 
 
 def test_d_head_may_differ_from_d_model_over_heads():
