@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['next_logits', 'sample_tokens', 'generate', 'stream']
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c002
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c003
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -19,7 +19,7 @@ from .sampling import (
 from ..layers.cache import KVCache
 from ..models.decoder import CausalLM
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c003
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c017
 def next_logits(
     model: CausalLM,
     ids: Tensor,  # (B, T) tokens that the cache has not seen
@@ -30,7 +30,7 @@ def next_logits(
     hidden = model.model(ids, document_ids=mask, cache=cache)  # (B, T, D)
     return model.lm_head(hidden[:, -1]).float()
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c004
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c019
 def sample_tokens(
     model: CausalLM,
     ids: Tensor,  # (B, T + n) the prompt, and room for n tokens, which are written there
@@ -68,7 +68,7 @@ def sample_tokens(
         ids[:, place] = token
         yield token
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c005
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c026
 def _check_prompt(input_ids: Tensor, max_new_tokens: int) -> None:
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         shape = tuple(input_ids.shape)
@@ -95,7 +95,7 @@ def _ends(eos_id: int | Sequence[int] | None) -> list[int]:
         return []
     return [eos_id] if isinstance(eos_id, int) else list(eos_id)
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c006
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c027
 def _room(
     input_ids: Tensor, n: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:  # (B, T + n) each
@@ -144,7 +144,7 @@ def generate(
             break
     return torch.cat([input_ids, ids[:, T:length]], dim=1)
 
-# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c007
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c037
 def _prompt_ids(tokenizer: BPETokenizer | PretrainedTokenizer, prompt: str | Sequence[int]):
     "What the model reads first: a text gets the model's own beginning, ids stay as they are."
     if len(prompt) == 0:
