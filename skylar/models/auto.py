@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SkylarConfig', 'SkylarForCausalLM']
 
-# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c002
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c003
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from .decoder import CausalLM, DecoderConfig
 from .presets import from_args
 
-# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c003
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c011
 class SkylarConfig(PretrainedConfig):
     """A family and its arguments; and, read off them, the sizes that transformers asks for.
 
@@ -48,7 +48,7 @@ class SkylarConfig(PretrainedConfig):
         "What builds the model."
         return from_args({"family": self.family, "args": self.args})
 
-# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c004
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c016
 class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
     """A `CausalLM` behind transformers' interface: the same modules under the same names.
 
@@ -103,6 +103,6 @@ class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c005
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c018
 AutoConfig.register("skylar", SkylarConfig)
 AutoModelForCausalLM.register(SkylarConfig, SkylarForCausalLM)
