@@ -48,8 +48,7 @@ def _reorder(weight: Tensor, n_heads: int, pattern: str) -> Tensor:
     if weight.shape[0] % (2 * n_heads):
         raise ValueError(
             f"{weight.shape[0]} rows are not n_heads={n_heads} heads of even width; "
-            "give the number of heads of this projection (keys may have fewer)"
-        )
+            "give the number of heads of this projection (keys may have fewer)")
     return rearrange(weight, pattern, h=n_heads, pair=2)
 
 
@@ -146,7 +145,7 @@ class Llama3Scaling(_Stretch):
         keep = ((turns - low) / (self.high_freq_factor - low)).clamp(0, 1)
         return (1 - keep) * plain / self.factor + keep * plain
 
-# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c071
+# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c074
 @dataclass(frozen=True, kw_only=True)
 class YaRNScaling(_Stretch):
     """As Llama 3's, but blended along the pairs, and with sharper attention (`magnitude`).
@@ -205,7 +204,7 @@ class YaRNScaling(_Stretch):
         radii = _radii(theta, d_head)
         return 1.0 / (self.factor * radii) * (1 - keep) + 1.0 / radii * keep
 
-# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c084
+# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c087
 Scaling = LinearScaling | NTKScaling | YaRNScaling | Llama3Scaling
 _KINDS = {kind.rope_type: kind for kind in get_args(Scaling)}
 _REFUSED = {
@@ -240,7 +239,7 @@ def write_scaling(scaling: Scaling | None) -> dict | None:
     values = vars(scaling).items()
     return {"rope_type": scaling.rope_type} | {k: v for k, v in values if v is not None}
 
-# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c089
+# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c092
 @dataclass(frozen=True, kw_only=True)
 class RoPEConfig:
     "Rotary positions with base `theta`, stretched by `scaling` beyond a trained length."
@@ -258,7 +257,7 @@ class RoPEConfig:
         "The module that makes cosines and sines for heads of width `d_head`."
         return RotaryEmbedding(self, d_head)
 
-# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c090
+# %% ../../nbs/01_gqa_rope/01_rope.ipynb #c093
 class RotaryEmbedding(nn.Module):
     """Cosine and sine of the angle by which each pair of a head's numbers is turned.
 
