@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHATML', 'FILES', 'ROLES', 'render_chat', 'decode_stream', 'PretrainedTokenizer', 'with_chat']
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c002
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c003
 import datetime
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, processors
 
 from .tokenizer import BPETokenizer
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c003
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c011
 # every message between the same two marks; a document of ours begins with <bos>
 CHATML = """\
 {{- bos_token }}
@@ -35,7 +35,7 @@ CHATML = """\
 {%- endif %}
 """
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c004
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c015
 class _Generation(ext.Extension):
     "`{% generation %} ... {% endgeneration %}`: what the assistant wrote, for trainers."
 
@@ -68,7 +68,7 @@ def _compile(template: str):
     sandbox.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return sandbox.from_string(template)
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c005
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c017
 def _plain(value: Any, where: str = "messages") -> Any:
     "A copy made of JSON's types alone: a template meets no object with methods of ours."
     if value is None or type(value) in (str, int, float, bool):
@@ -93,7 +93,7 @@ def _check_messages(messages) -> list[dict]:
                 f'message {message!r} has no role; write {{"role": "user", "content": ...}}')
     return [_plain({k: v for k, v in m.items() if v is not None}) for m in messages]
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c006
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c018
 def render_chat(
     template: str,  # a Jinja template, as models bring one in chat_template.jinja
     messages: Sequence[Mapping],  # [{"role": "user", "content": "Ciao"}, ...]
@@ -117,7 +117,7 @@ def render_chat(
         kind = type(error).__name__
         raise ValueError(f"the chat template failed: {kind}: {error}") from None
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c007
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c024
 def decode_stream(
     decode: Callable[[list[int]], str],  # of a whole list
     ids: Iterable[int],  # that come one at a time
@@ -133,7 +133,7 @@ def decode_stream(
             shown = len(decode(before))
     yield decode(before + waiting)[shown:]
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c008
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c027
 def _control_tokens(added: list[dict], template: str | None) -> dict[str, int]:
     "Added tokens that steer: all `special` ones, and what the template itself writes."
     return {
@@ -143,7 +143,7 @@ def _control_tokens(added: list[dict], template: str | None) -> dict[str, int]:
         and (token["special"] or (template and token["content"] in template))
     }
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c009
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c029
 class _Guard:
     """A tokenizer whose control tokens have secret names, so that no text can hold them.
 
@@ -188,7 +188,7 @@ class _Guard:
         text = self.pattern.sub(lambda m: self.secret[m[0]], text)
         return self.encode_batch([text.replace(self.crack, "")])[0]
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c010
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c032
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
@@ -230,7 +230,7 @@ def _roles(config: dict, rust: Tokenizer, name: str) -> dict[str, str]:
             raise ValueError(f"{name}: {role}_token {token!r} is not in its vocabulary")
     return roles
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c011
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c034
 class _Reader:
     "Text to ids and back, for the tokenizer whose tokenizer.json is `_content`."
 
@@ -296,7 +296,7 @@ class _Reader:
                 raise ValueError(f"token id {i} is not in 0..{self.vocab_size - 1}")
             yield i
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c012
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c036
 def _cracked(value: Any, hide: Callable[[str], str]) -> Any:
     "`value` with `hide` applied to every string in it, however deep."
     if isinstance(value, str):
@@ -356,7 +356,7 @@ class _Talker(_Reader):
             ends |= {self.control_tokens[after[0]]} if after else set()
         return tuple(sorted(ends))
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c013
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c038
 class PretrainedTokenizer(_Talker):
     """The tokenizer of a published model: tokenizer.json and how to chat with it.
 
@@ -409,7 +409,7 @@ class PretrainedTokenizer(_Talker):
             (folder / name).write_bytes(text.encode())
         return folder
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c014
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c039
 def with_chat(
     tokenizer: BPETokenizer,
     chat_template: str = CHATML,

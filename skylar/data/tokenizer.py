@@ -286,6 +286,11 @@ def _write(path: Path, content: str) -> None:
     os.replace(part, path)
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c095
+def _ids(rust: Tokenizer, texts: list[str]) -> list[list[int]]:
+    found = rust.encode_batch_fast(texts, add_special_tokens=False)  # no <bos>
+    return [encoding.ids for encoding in found]
+
+
 def _hf_config(specials: list[str]) -> str:
     "tokenizer_config.json, for `transformers.AutoTokenizer`."
     names = ("pad_token", "bos_token", "eos_token")
@@ -311,14 +316,11 @@ class _Codec:
     ) -> list[int]:
         "Ids of `text`, no <bos> or <eos> added. Special tokens in it are plain text."
         rust = self._rust if allowed_special else self._plain
-        texts = [_check_text(text)]  # a foreign file may add <bos> of itself
-        return rust.encode_batch_fast(texts, add_special_tokens=False)[0].ids
+        return _ids(rust, [_check_text(text)])[0]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         "`encode` of every text, on all cores."
-        texts = list(_check_texts(texts))
-        found = self._plain.encode_batch_fast(texts, add_special_tokens=False)
-        return [e.ids for e in found]
+        return _ids(self._plain, list(_check_texts(texts)))
 
     def encode_iterable(
         self,
