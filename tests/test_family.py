@@ -218,6 +218,11 @@ def test_windows_lie_where_they_should():
 
 MISTAKES = [
     (qwen3, dict(n_layers=0), "n_layers=0 is not a size"),
+    (qwen3, dict(n_kv_heads=0), "n_kv_heads=0"),
+    (qwen3, dict(d_head=0), "d_head=0"),
+    (qwen3, dict(init_std=0.0), "init_std=0.0"),
+    (qwen3, dict(rope_scaling={"rope_type": "linear", "factor": "2"}), "factor='2'"),
+    (qwen3, dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks the field"),
     (qwen3, dict(d_model=1000, n_heads=16, d_head=None), "d_model=1000 is not divisible"),
     (llama3, dict(n_heads=6, n_kv_heads=4), "n_heads=6"),
     (llama3, dict(d_head=7), "7"),
