@@ -189,6 +189,8 @@ def init_weights(
     if isinstance(model, CausalLM):
         model.tie_weights()  # `to_empty` gives each end a matrix of its own
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue  # no memory, so no values; to pretend some is slow
         if name.endswith("bias"):
             parameter.zero_()
         elif parameter.ndim == 1:
