@@ -521,3 +521,18 @@ def test_all_layers_go_back_or_none():
     assert [layer.length for layer in cache] == [30, 30, 30]
     rest = read(model, ids[:, 30:], cache, [10])
     torch.testing.assert_close(torch.cat([first, rest], 1), model(ids), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_made_under_autocast(layer):
+    """Keys are then bfloat16, whatever the weights are."""
+    model = build(LAYERS[layer], dtype=torch.float32)
+    ids = ids_of(model, 2, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = cache_of(model, 2, 12)
+        logits = read(model, ids, cache, [6, 1, 5])
+    assert cache[0].keys.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(ids), rtol=0, atol=0.2)
+    assert cache_of(model)[0].keys.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):  # float64 is never cast
+        assert cache_of(build(LAYERS[layer]))[0].keys.dtype == torch.float64

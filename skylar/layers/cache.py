@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST_ROOM', 'check_fit', 'check_crop', 'LayerCache', 'doubled', 'GrowingCache', 'layer_cache', 'Places',
-           'LayerCaches', 'KVCache']
+           'product_dtype', 'LayerCaches', 'KVCache']
 
 # %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c003
 from collections.abc import Callable
@@ -187,6 +187,11 @@ class Places:
         self.documents = None if self.documents is None else how(self.documents)
 
 # %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #c076
+def product_dtype(dtype: torch.dtype | None, device=None) -> torch.dtype:
+    "In what dtype keys come out of weights of this dtype: under autocast, in autocast's."
+    one = torch.empty(1, 1, dtype=dtype, device=device)
+    return (one @ one).dtype
+
 class LayerCaches:
     "A cache for each block of a decoder."
 
@@ -195,6 +200,7 @@ class LayerCaches:
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size}: give a whole number of at least 1")
         self.capacity = capacity
+        dtype = product_dtype(dtype, device)
         makers = (getattr(block.attention, "cache", None)
                   or partial(layer_cache, block.attention) for block in config.blocks)
         self.layers = [
@@ -241,7 +247,7 @@ class KVCache(LayerCaches):
         config,  # DecoderConfig of the model
         batch_size: int,  # B
         capacity: int | None = None,  # tokens a row that fit; None: grows
-        dtype: torch.dtype | None = None,  # of keys and values; None: PyTorch's default
+        dtype: torch.dtype | None = None,  # of the model; None: PyTorch's default
         device: torch.device | str | None = None,
     ):
         super().__init__(config, batch_size, capacity, dtype, device)
