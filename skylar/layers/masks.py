@@ -273,11 +273,16 @@ def chunked_attention(
     "Plain products for 128 queries at a time, and only those keys that they see (CPU)."
     masks, spans = keys.once(
         ("chunks", rule, q.dtype), lambda: plan_chunks(queries, keys, rule, q.dtype))
-    if q.shape[2] > CHUNK:  # one row after the other: what it needs, the cache holds
-        spans = spans.expand(-1, len(q), -1)
-    else:  # all rows at once
-        spans = torch.stack([spans[..., 0].amin(1), spans[..., 1].amax(1)], -1)[:, None]
-    return _chunked(q, k, v, masks, spans)
+    return _chunked(q, k, v, masks, _for_rows(spans, q, k))
+
+
+def _for_rows(spans: Tensor, q: Tensor, k: Tensor) -> Tensor:  # (chunks, groups, 2)
+    "Spans for groups of rows, as many in a group as have scores that fit a core's cache."
+    B, H, T, _ = q.shape
+    fit = 2**19 // (H * min(T, CHUNK) * k.shape[2])  # rows
+    size = math.gcd(B, 1 << max(0, fit.bit_length() - 1))
+    first, end = spans.expand(-1, B, -1).unflatten(1, (-1, size)).unbind(-1)
+    return torch.stack([first.amin(-1), end.amax(-1)], dim=-1)
 
 # %% ../../nbs/01_gqa_rope/04_masks.ipynb #c056
 def choose(
