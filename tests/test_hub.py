@@ -100,6 +100,12 @@ def test_tokenizer_ids_and_template(tmp_path, tokenizer):
         assert (tmp_path / "m" / name).read_text() == (tmp_path / "again" / name).read_text()
 
 
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    built = model()
+    folder = save_pretrained(torch.compile(built), tmp_path / "m")
+    assert equal(built, from_pretrained(folder))
+
+
 def test_without_a_tokenizer_no_token_ends(tmp_path):
     assert end_ids(save_pretrained(model(), tmp_path / "m")) == []
 
@@ -121,6 +127,7 @@ def test_shards(tmp_path, config):
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors" and len(files) > 1
     for file in files:
         tensors = load_file(file)
+        assert file.stat().st_mode == (folder / "config.json").stat().st_mode
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
         assert all(index["weight_map"][name] == file.name for name in tensors)
         with safe_open(file, "pt") as opened:
@@ -285,6 +292,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 value = line["value"]
                 if line["key"] == "file":
                     self.files[value["path"]] = base64.b64decode(value["content"])
+                if line["key"] == "deletedFile":
+                    self.deleted.append(value["path"])
                 if line["key"] == "lfsFile":
                     self.files[value["path"]] = self.blobs[value["oid"]]
             return self.answer({"commitUrl": f"{self.url}/me/tiny/commit/1",
@@ -299,6 +308,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if "denied" in self.path:
             return self.answer({"error": "Invalid username or password."}, 401)
+        if "/tree/" in self.path:  # what the repository held before
+            names = ["README.md", "model-00001-of-00002.safetensors",
+                     "model.safetensors.index.json"]
+            return self.answer([{"type": "file", "path": name, "size": 1, "oid": "0"}
+                                for name in names])
         info = {"id": "me/tiny", "sha": "0", "siblings": [], "type": "user", "name": "me"}
         self.answer(info)
 
@@ -319,7 +333,8 @@ def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    handler = type("Handler", (Hub,), dict(calls=[], created={}, files={}, blobs={}))
+    handler = type("Handler", (Hub,), dict(
+        calls=[], created={}, files={}, blobs={}, deleted=[]))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         handler.url = f"http://127.0.0.1:{server.server_port}"
@@ -334,6 +349,8 @@ def test_push_to_hub(hub, tmp_path, tokenizer):
     private = hub.created.get("private"), hub.created.get("visibility")  # newer hubs: this
     assert private in [(True, None), (None, "private")] and hub.created["name"] == "tiny"
     assert {token for path, token in hub.calls if path.startswith("/api")} == {"Bearer hf_test"}
+    assert sorted(hub.deleted) == ["model-00001-of-00002.safetensors",
+                                   "model.safetensors.index.json"], "of an older model"
     for name, data in hub.files.items():
         (tmp_path / name).write_bytes(data)
     assert equal(built, from_pretrained(tmp_path))

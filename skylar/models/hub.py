@@ -370,6 +370,7 @@ def save_pretrained(
     `ValueError` for a folder that holds something, or a tokenizer of another model.
     """
     folder = _check_new(Path(folder).expanduser())
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     tokenizer = _chat_tokenizer(tokenizer, model.config.vocab_size)
     ids = _token_ids(tokenizer)
     config = write_config(model.config, next(model.parameters()).dtype, **ids)
@@ -381,6 +382,8 @@ def save_pretrained(
         _write_json(part / "config.json", config)
         if tokenizer is not None:
             tokenizer.save(part)
+        for file in part.glob("*.safetensors"):  # else only their owner may read them
+            shutil.copymode(part / "config.json", file)
     return folder
 
 # %% ../../nbs/01_gqa_rope/07_weights.ipynb #c047
@@ -658,7 +661,9 @@ def push_to_hub(
         folder = save_pretrained(model, Path(temporary) / "model", tokenizer)
         try:
             hub.create_repo(repo, private=private, exist_ok=True)
-            done = hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+            done = hub.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message=message,
+                delete_patterns=["model*.safetensors*"])  # an older model's other shards
         except (OSError, ValueError, HfHubHTTPError) as error:
             why = str(error).strip().splitlines()[0]
             raise OSError(f"could not push to {repo}: {why}") from None
