@@ -48,7 +48,7 @@ class Window:
         near = age < self.size
         return near | (keys.positions[..., None, :] < self.sinks) if self.sinks else near
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c049
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c050
 NOBODY = torch.iinfo(torch.int64).max  # index of an empty seat: later than every query
 
 
@@ -67,7 +67,7 @@ def _rows_alike(*parts: Tensor) -> list[Tensor]:
     rows = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return [part.expand(*rows, -1) for part in parts]
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c051
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c052
 def _choose_seats(window: Window, tokens: Tokens) -> Tensor:  # (T,) or (B, T)
     "A document's first tokens sit on seats of their own, all others on the ring."
     seat = tokens.index % window.size + window.sinks
@@ -83,7 +83,7 @@ def _last_to_come(seat: Tensor, n_seats: int) -> Tensor:  # (S,) or (B, S)
     old = old.expand(*seat.shape[:-1], -1)
     return old.scatter_reduce(-1, seat, new.expand_as(seat), "amax")
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c054
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c055
 def _take_seats(
     window: Window,
     seated: Tokens | None,  # who sits where; None: nobody yet
@@ -114,7 +114,7 @@ def _take_seats(
     keys = tokens if seated is None else everyone  # nothing older: as without a cache
     return seat, holder, keys, _each(take, everyone)
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c056
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c057
 def _go_back(window: Window, seated: Tokens, length: int, new_length: int) -> Tokens:
     "Those seated without tokens from `new_length` on; `ValueError` if they replaced others."
     index, positions = seated.index, seated.positions
@@ -127,12 +127,12 @@ def _go_back(window: Window, seated: Tokens, length: int, new_length: int) -> To
     return Tokens(index=index.masked_fill(gone, NOBODY), positions=positions,
                   documents=seated.documents)
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c057
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c058
 def _moved(x: Tensor, rows: Tensor) -> Tensor:
     "Row i becomes what row `rows[i]` was; what all rows share stays."
     return x if x.ndim == 1 else x[rows]
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c059
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c060
 class RingCache(LayerCache):
     """Keys and values that a `Window` can still see: sinks + size tokens a row, for ever.
 
@@ -194,7 +194,7 @@ class RingCache(LayerCache):
             self.seated = self.seated.once(  # one result for all layers
                 ("rows", rows), lambda: _each(partial(_moved, rows=rows), self.seated))
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c061
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c062
 def _check_width(d_head: int, rope: RoPEConfig | None) -> None:
     if d_head < 1:
         raise ValueError(f"d_head={d_head}: a head needs at least one dimension")
@@ -211,7 +211,7 @@ def _check_heads(H: int, K: int | None) -> None:
             f"n_kv_heads={K} does not divide n_heads={H}: each key-value head serves "
             "the same number of query heads; choose a divisor")
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c062
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c063
 @dataclass(frozen=True, kw_only=True)
 class GQAConfig:
     """Grouped-query attention: `n_heads` ask, `n_kv_heads` are asked (Ainslie et al. 2023).
@@ -266,7 +266,7 @@ class GQAConfig:
         _, K, Dh = self.sizes(d_model)
         return RingCache(batch_size, K, Dh, w, dtype, device)
 
-# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c064
+# %% ../../nbs/01_gqa_rope/03_gqa.ipynb #c065
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H query heads share K heads of keys and values.
 
