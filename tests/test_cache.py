@@ -536,3 +536,10 @@ def test_made_under_autocast(layer):
     assert cache_of(model)[0].keys.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):  # float64 is never cast
         assert cache_of(build(LAYERS[layer]))[0].keys.dtype == torch.float64
+
+
+def test_a_cache_of_another_depth_is_refused():
+    shallow, deep = (gpt2(vocab_size=11, d_model=8, n_heads=2, n_layers=n) for n in (1, 2))
+    for config, other in ((shallow, deep), (deep, shallow)):
+        with pytest.raises(ValueError, match=r"cache is for \d layers, the model has \d"):
+            CausalLM(config)(torch.zeros(1, 3, dtype=torch.long), cache=KVCache(other, 1, 8))

@@ -21,7 +21,7 @@ from ..layers.gqa import GQAConfig, Window
 from ..layers.masks import attend
 from ..layers.norm import RMSNormConfig
 from ..layers.rope import RoPEConfig, read_scaling, write_scaling
-from .decoder import DecoderConfig, _require_positive, count_parameters, gpt2
+from .decoder import DecoderConfig, count_parameters, gpt2, require_positive
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c018
 def _find(name: str, known, kind: str) -> str:
@@ -53,7 +53,7 @@ def _dense(
     qk_norm=False, ffn="swiglu", window=None, sinks=0, full_every=0,
 ) -> DecoderConfig:
     "The decoder that the families below have in common; they say what the words mean."
-    _require_positive(
+    require_positive(
         vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers,
         d_ff=d_ff, max_seq_len=max_seq_len)
     if full_every < 0:
