@@ -427,7 +427,7 @@ def test_odd_width_without_rope_is_fine():
 def test_ring_refuses_what_does_not_fit():
     cache = GQAConfig(n_heads=2, window=Window(size=2)).cache(8, 1)
     k, tokens = torch.zeros(2, 2, 1, 4), Tokens.of(torch.zeros(2, 1))
-    with pytest.raises(ValueError, match="do not fit a cache made for"):
+    with pytest.raises(ValueError, match=r"\(2, 2, 4\).*\(1, 2, 4\)"):
         cache.update(k, k, tokens)
     with pytest.raises(ValueError, match="float64.*float32"):
         cache.update(k[:1].double(), k[:1].double(), tokens)

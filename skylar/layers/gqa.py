@@ -152,8 +152,7 @@ class RingCache(LayerCache):
         super().__init__(
             batch_size, n_kv_heads, d_head, window.sinks + window.size, dtype, device)
         self.keys.zero_(), self.values.zero_()  # weight 0 times an unwritten nan is nan
-        self.window = window
-        self.seated: Tokens | None = None  # who sits where; one object for all like layers
+        self.window, self.seated = window, None  # who sits where: Tokens, shared by layers
 
     def update(
         self,
