@@ -98,6 +98,22 @@ def test_a_giant_header_is_refused_without_reading_it(folder):
     refused(folder, "damaged or no safetensors")
 
 
+def test_header_fuzz(folder):
+    "A few wrong bytes in the header: the model opens, or one line says why not."
+    file, rng = folder / "model.safetensors", random.Random(0)
+    good = file.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little")
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 2, 5])):
+            data[rng.randrange(header)] = rng.choice(b'0123456789"[]{},:-F' + bytes([0, 255]))
+        file.write_bytes(data)
+        try:
+            from_pretrained(folder)
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
 def test_wrong_shape(folder):
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(folder, lambda t: t.update({name: t[name].T.contiguous()}))
