@@ -27,8 +27,8 @@ def head_scores(
     "The head's product W h, turned round and never with a single column in float32."
     if hidden.dtype != torch.float32 or hidden.device.type != "cpu":
         return head(hidden)
-    columns = hidden.T if len(hidden) > 1 else hidden.T.expand(-1, 2)
-    return (head.weight @ columns).T[: len(hidden)]  # a matrix-vector kernel is slow
+    rows = hidden if len(hidden) > 1 else torch.cat([hidden, hidden])
+    return (head.weight @ rows.T).T[: len(hidden)]  # a matrix-vector kernel is slow
 
 
 def next_logits(
