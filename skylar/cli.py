@@ -245,7 +245,7 @@ def given(values: dict) -> dict:
 # %% ../nbs/cli.ipynb #c059
 def generate(
     *,
-    model: str,  # folder of a run or of a Hugging Face model, or a hub id: owner/name
+    model: str,  # folder of a run or a Hugging Face model, hub id owner/name, or smollm2
     prompt: str,  # text to continue
     chat: bool = False,  # the prompt is a message; the model (a chat model) answers it
     max_new_tokens: int = 200,  # stop after so many tokens
@@ -261,8 +261,8 @@ def generate(
 
     Examples:
       skylar generate --model runs/first --prompt "ROMEO:" --temperature 0.7 --seed 1
-      skylar generate --model HuggingFaceTB/SmolLM2-135M-Instruct --chat \\
-        --prompt "What is a transformer?"
+      skylar generate --model smollm2 --chat --prompt "What is a tide?"
+      skylar generate --model Qwen/Qwen3-0.6B --prompt "Once upon a time"
     """
     import torch
 

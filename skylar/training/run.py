@@ -10,7 +10,6 @@ __all__ = ['split', 'prepare_data', 'check_recipe', 'check_empty', 'corpus_token
 
 # %% ../../nbs/runs.ipynb #c002
 import json
-import re
 import shutil
 import sys
 import textwrap
@@ -393,18 +392,13 @@ def load_run(folder: Path | str) -> tuple[CausalLM, BPETokenizer, dict]:
 
 # %% ../../nbs/runs.ipynb #c038
 def open_model(
-    where: str,  # a run folder, a folder in Hugging Face's format, or owner/name
+    where: str,  # a run folder, or what `from_pretrained` opens: a folder, a hub name
 ) -> tuple[CausalLM, PretrainedTokenizer, tuple[int, ...]]:
     "Model, tokenizer, and the tokens that end a text."
-    folder = Path(where)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        model, tokenizer, _ = load_run(folder)
+    if Path(where).is_dir() and not Path(where, "config.json").exists():
+        model, tokenizer, _ = load_run(where)
         tokenizer = with_chat(tokenizer)
         return model, tokenizer, tokenizer.end_ids
-    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", where):
-        raise FileNotFoundError(
-            f"no folder {where}; give a run (`skylar pretrain` makes one), a model "
-            "folder, or the hub's owner/name")
     return from_pretrained(where), load_tokenizer(where), tuple(end_ids(where))
 
 # %% ../../nbs/runs.ipynb #c039
