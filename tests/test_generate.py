@@ -194,6 +194,24 @@ def test_cache_changes_no_sampled_text(either):
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16_equals_the_uncached_loop_and_puts_the_kernels_back(batch):
+    torch.manual_seed(0)
+    model = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+                           n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3)).bfloat16()
+    before = torch._C._get_mkldnn_enabled()
+    ids = prompts(batch, 5)
+    out = generate(model, ids, 12, temperature=0)
+    with torch.no_grad():  # each pick is within rounding of the uncached best
+        scores = model(out[:, :-1])[:, 4:].float()
+    chosen = scores.gather(-1, out[:, 5:, None])[..., 0]
+    assert (scores.amax(-1) - chosen).max() < 0.05 * scores.abs().max()
+    assert torch._C._get_mkldnn_enabled() == before
+    with pytest.raises(ValueError):
+        generate(model, torch.tensor([[V + 5]]), 2)
+    assert torch._C._get_mkldnn_enabled() == before
+
+
 LENGTHS = (7, 3, 1, 5)
 
 

@@ -8,6 +8,7 @@ __all__ = ['head_scores', 'next_logits', 'sample_tokens', 'generate', 'stream']
 # %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c003
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ def head_scores(
     return (head.weight @ rows.T).T[: len(hidden)]  # a matrix-vector kernel is slow
 
 
+@contextmanager
+def _kernels_for(ids: Tensor, weight: Tensor) -> Iterator[None]:
+    "For one bf16 token on a CPU PyTorch's own kernel: oneDNN's reads memory more slowly."
+    if ids.numel() > 1 or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        yield
+        return
+    before = torch.backends.mkldnn.set_flags(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before[0])
+
+
 def next_logits(
     model: CausalLM,
     ids: Tensor,  # (B, T) tokens that the cache has not seen
@@ -38,8 +52,9 @@ def next_logits(
     cache: KVCache | None = None,  # takes them in
 ) -> Tensor:  # (B, V) float32
     "Scores of the token after `ids`: the head runs on the last position only."
-    hidden = model.model(ids, document_ids=mask, cache=cache)  # (B, T, D)
-    return head_scores(model.lm_head, hidden[:, -1]).float()
+    with _kernels_for(ids, model.lm_head.weight):
+        hidden = model.model(ids, document_ids=mask, cache=cache)  # (B, T, D)
+        return head_scores(model.lm_head, hidden[:, -1]).float()
 
 # %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c019
 def sample_tokens(
