@@ -213,6 +213,17 @@ def _template(files: Mapping[str, str], config: dict) -> str | None:
     return found
 
 
+def _read_files(folder: Path) -> dict[str, str]:
+    "The texts of the files that are there."
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"no tokenizer.json in {folder}")
+    found = {name: folder / name for name in FILES if (folder / name).is_file()}
+    try:
+        return {name: path.read_text("utf-8") for name, path in found.items()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder} holds no readable tokenizer: {error}") from None
+
+
 def _parse(files: Mapping[str, str], name: str) -> tuple[Tokenizer, dict]:
     "The Rust tokenizer and the configuration; ValueError if either cannot be read."
     try:
@@ -386,15 +397,7 @@ class PretrainedTokenizer(_Talker):
     @classmethod
     def load(cls, folder: Path | str) -> "PretrainedTokenizer":
         "Open the tokenizer in a model's folder; the error says what is missing or wrong."
-        folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}")
-        found = {name: folder / name for name in FILES if (folder / name).is_file()}
-        try:
-            files = {name: path.read_text("utf-8") for name, path in found.items()}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{folder} holds no readable tokenizer: {error}") from None
-        return cls(files, str(folder))
+        return cls(_read_files(Path(folder)), str(folder))
 
     @property
     def fingerprint(self) -> str:
