@@ -46,7 +46,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=wide)
         grad_h = torch.zeros_like(hidden) if need_h else None
-        grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
+        grad_w = share = None
+        if need_w:
+            grad_w = torch.zeros_like(weight, dtype=wide)
+            share = torch.empty_like(w)  # what one chunk adds to it,
+            room = share if dtype == wide else torch.empty_like(grad_w)  # and that in fp32
         rows = min(chunk, len(h))
         logits = w.new_empty(rows, len(w))  # (C, V) used again by every chunk
         x = logits if dtype == wide else torch.empty_like(logits, dtype=wide)
@@ -61,7 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_h:
                 grad_h[part] = logits[:n] @ w
             if need_w:
-                grad_w += logits[:n].T @ h[part]
+                torch.mm(logits[:n].T, h[part], out=share)
+                grad_w += share if room is share else room.copy_(share)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.weight_dtype = weight.dtype
         return loss
