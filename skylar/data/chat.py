@@ -318,7 +318,7 @@ def _cracked(value: Any, hide: Callable[[str], str]) -> Any:
         return [_cracked(v, hide) for v in value]
     return value
 
-
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c037
 class _Talker(_Reader):
     "Conversations to ids, for a tokenizer with a `chat_template`."
 
@@ -367,7 +367,7 @@ class _Talker(_Reader):
             ends |= {self.control_tokens[after[0]]} if after else set()
         return tuple(sorted(ends))
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c038
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c039
 class PretrainedTokenizer(_Talker):
     """The tokenizer of a published model: tokenizer.json and how to chat with it.
 
@@ -412,7 +412,7 @@ class PretrainedTokenizer(_Talker):
             (folder / name).write_bytes(text.encode())
         return folder
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c039
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c040
 def with_chat(
     tokenizer: BPETokenizer,
     chat_template: str = CHATML,
