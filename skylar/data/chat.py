@@ -242,8 +242,8 @@ def _roles(config: dict, rust: Tokenizer, name: str) -> dict[str, str]:
     return roles
 
 # %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c034
-class _Reader:
-    "Text to ids and back, for the tokenizer whose tokenizer.json is `_content`."
+class _Vocabulary:
+    "What there is to know about the tokens of a tokenizer.json."
 
     _content: str
     _rust: Tokenizer
@@ -268,6 +268,16 @@ class _Reader:
     def vocab_size(self) -> int:
         "One more than the largest id. A model may have more rows than that."
         return 1 + max(self._rust.get_vocab().values())
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        "What texts of this model begin with: <bos> or nothing, as tokenizer.json says."
+        found = self._rust.encode("a")
+        return found.ids[: found.special_tokens_mask.index(0)]
+
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c036
+class _Reader(_Vocabulary):
+    "Text to ids and back."
 
     def encode(
         self,
@@ -295,19 +305,13 @@ class _Reader:
         ids = (i for i in self._known(ids) if not (skip_special and i in self.special_ids))
         return decode_stream(lambda some: decode(some, skip_special_tokens=False), ids)
 
-    @cached_property
-    def prefix_ids(self) -> list[int]:
-        "What texts of this model begin with: <bos> or nothing, as tokenizer.json says."
-        found = self._rust.encode("a")
-        return found.ids[: found.special_tokens_mask.index(0)]
-
     def _known(self, ids: Iterable[int]) -> Iterator[int]:
         for i in ids.tolist() if hasattr(ids, "tolist") else ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"token id {i} is not in 0..{self.vocab_size - 1}")
             yield i
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c036
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c038
 def _cracked(value: Any, hide: Callable[[str], str]) -> Any:
     "`value` with `hide` applied to every string in it, however deep."
     if isinstance(value, str):
@@ -318,7 +322,7 @@ def _cracked(value: Any, hide: Callable[[str], str]) -> Any:
         return [_cracked(v, hide) for v in value]
     return value
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c037
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c039
 class _Talker(_Reader):
     "Conversations to ids, for a tokenizer with a `chat_template`."
 
@@ -367,7 +371,7 @@ class _Talker(_Reader):
             ends |= {self.control_tokens[after[0]]} if after else set()
         return tuple(sorted(ends))
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c039
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c041
 class PretrainedTokenizer(_Talker):
     """The tokenizer of a published model: tokenizer.json and how to chat with it.
 
@@ -412,7 +416,7 @@ class PretrainedTokenizer(_Talker):
             (folder / name).write_bytes(text.encode())
         return folder
 
-# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c040
+# %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c042
 def with_chat(
     tokenizer: BPETokenizer,
     chat_template: str = CHATML,
