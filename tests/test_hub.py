@@ -23,10 +23,9 @@ from skylar.models.hub import (
     from_pretrained,
     load_tokenizer,
     push_to_hub,
-    read_config,
     save_pretrained,
-    write_config,
 )
+from skylar.models.layouts import read_config, write_config
 from skylar.models.presets import describe, gpt2, llama3, qwen3, skylar
 
 SIZES = dict(vocab_size=300, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=32)

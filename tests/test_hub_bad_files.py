@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from skylar.models import hub
 from skylar.models.decoder import CausalLM
-from skylar.models.hub import from_pretrained, load_tokenizer, read_config, save_pretrained
+from skylar.models.hub import from_pretrained, load_tokenizer, save_pretrained
+from skylar.models.layouts import read_config, write_config
 from skylar.models.presets import gpt2, llama3
 
 SIZES = dict(vocab_size=40, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=32)
@@ -218,7 +219,7 @@ def test_config_fuzz():
     "Whatever stands in a config.json, reading it ends in a config or a ValueError."
     rng, odd = random.Random(0), [None, True, -1, 0, 2.5, "x", [], [1], {}, {"a": 1}, 10**5]
     for config in (llama3(**SIZES, n_kv_heads=1), gpt2(**SIZES)):
-        good = hub.write_config(config)
+        good = write_config(config)
         for _ in range(400):
             bad = good | {k: rng.choice(odd) for k in rng.sample(list(good), rng.randint(1, 3))}
             bad.pop(rng.choice(list(bad)))
