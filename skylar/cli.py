@@ -332,7 +332,7 @@ DEMO = {
     "schedule": {"kind": "wsd", "decay_fraction": 0.5},
 }
 
-
+# %% ../nbs/cli.ipynb #c064
 def demo(
     *,
     out: str = "demo",  # folder to make: data/, run/ and loss.png
@@ -383,7 +383,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     loss_curve(metrics).figure.savefig(picture)
     print(f"loss curve: {picture}\n")
 
-# %% ../nbs/cli.ipynb #c065
+# %% ../nbs/cli.ipynb #c066
 COMMANDS = {
     "data fetch": data_fetch,
     "data tokenize": data_tokenize,
@@ -416,7 +416,7 @@ def command_parser(name: str) -> Parser:
         parser.set_nested_defaults(DEMO)
     return parser
 
-# %% ../nbs/cli.ipynb #c066
+# %% ../nbs/cli.ipynb #c067
 def overview() -> str:
     "What `skylar --help` prints."
     lines = ["usage: skylar COMMAND [--flag value ...]", ""]
@@ -442,7 +442,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     hint = f"did you mean {names}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
 
-# %% ../nbs/cli.ipynb #c067
+# %% ../nbs/cli.ipynb #c068
 def run_command(words: list[str]) -> int:
     "Parse and run one command line; its exit code."
     if not words or words[0] in ("-h", "--help"):
@@ -456,7 +456,7 @@ def run_command(words: list[str]) -> int:
     first = [settings.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     return COMMANDS[name](*first, **settings) or 0
 
-# %% ../nbs/cli.ipynb #c068
+# %% ../nbs/cli.ipynb #c069
 def main(
     argv: list[str] | None = None,  # the words after `skylar`; None: of this process
 ) -> int:  # exit code

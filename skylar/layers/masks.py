@@ -75,12 +75,12 @@ def decode_attention(
     mask: Tensor | None = None,  # (B or 1, 1, 1, S), additive; None: sees everything
 ) -> Tensor:  # (B, H, 1, Dv)
     "The heads of a group as rows of one product: each key is read once for all of them."
-    rows = rearrange(q, "b (k g) 1 d -> b k g d", k=k.shape[1])
-    n_rows = rows.shape[2]
+    (B, H, _, D), K = q.shape, k.shape[1]
+    rows, n_rows = q.reshape(B, K, H // K, D), H // K  # einops would cost as much again
     if n_rows == 1 and k.shape[2] >= 256 and _is_cpu_bf16(q):
         rows = rows.expand(-1, -1, 2, -1)  # that kernel is faster with two rows than one
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return rearrange(out[:, :, :n_rows], "b k g d -> b (k g) 1 d")
+    return out[:, :, :n_rows].reshape(B, H, 1, -1)
 
 
 def _is_cpu_bf16(x: Tensor) -> bool:

@@ -102,6 +102,39 @@ def _unknown_token(input_ids: Tensor, vocab_size: int) -> ValueError:
     )
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c045
+def _check_cache(config: DecoderConfig, cache, n_tokens: int) -> None:
+    "`ValueError` for a cache of another model, or one that leaves no room."
+    if len(cache) != len(config.blocks):  # else the last layers of one would miss out
+        raise ValueError(
+            f"the cache is for {len(cache)} layers, the model has {len(config.blocks)}; "
+            "make one with the config of this model"
+        )
+    if cache.length + n_tokens > config.max_seq_len:
+        raise ValueError(
+            f"{cache.length} cached and {n_tokens} new tokens are more than max_seq_len="
+            f"{config.max_seq_len}; crop the text, or build a longer model"
+        )
+
+
+def _tokens(config: DecoderConfig, input_ids, position_ids, document_ids, cache) -> Tokens:
+    "Where the tokens stand: from the start of a row, or after what the cache holds."
+    T, start = input_ids.shape[1], 0
+    documents = document_ids  # of all tokens up to the last new one
+    if cache is not None:
+        _check_cache(config, cache, T)
+        start, documents = cache.length, cache.documents_with(document_ids, T)
+    steps = torch.arange(start, start + T, device=input_ids.device)  # (T,)
+    if position_ids is None and documents is not None:
+        position_ids = restarting_positions(documents)[:, start:]  # (B, T)
+    tokens = Tokens(
+        index=steps,
+        positions=steps if position_ids is None else position_ids,
+        documents=None if documents is None else documents[:, start:],
+        attend=config.attend,
+    )
+    return tokens if cache is None else cache.read(tokens)
+
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c046
 class Decoder(nn.Module):
     """Token ids in, hidden states out: embed, run every block, normalise.
 
@@ -132,7 +165,7 @@ class Decoder(nn.Module):
             self.config, input_ids, position_ids=position_ids, document_ids=document_ids
         )
         x = self._embed(input_ids)  # (B, T, D)
-        tokens = self._tokens(input_ids, position_ids, document_ids, cache)
+        tokens = _tokens(self.config, input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
             x = x + self.embed_positions(tokens.positions)
         x = self.dropout(x)
@@ -148,37 +181,7 @@ class Decoder(nn.Module):
         except IndexError:  # on CPU; a GPU stops with its own device-side assertion
             raise _unknown_token(input_ids, self.config.vocab_size) from None
 
-    def _check_cache(self, cache) -> None:
-        if len(cache) != len(self.layers):  # else the last layers of one would miss out
-            raise ValueError(
-                f"the cache is for {len(cache)} layers, the model has {len(self.layers)}; "
-                "make one with the config of this model"
-            )
-
-    def _tokens(self, input_ids, position_ids, document_ids, cache) -> Tokens:
-        "Where the tokens stand: from the start of a row, or after what the cache holds."
-        T, start = input_ids.shape[1], 0 if cache is None else cache.length
-        if start + T > self.config.max_seq_len:
-            raise ValueError(
-                f"{start} cached and {T} new tokens are more than max_seq_len="
-                f"{self.config.max_seq_len}; crop the text, or build a longer model"
-            )
-        steps = torch.arange(start, start + T, device=input_ids.device)  # (T,)
-        documents = document_ids  # of all tokens up to the last new one
-        if cache is not None:
-            self._check_cache(cache)
-            documents = cache.documents_with(document_ids, T)  # (B, start + T)
-        if position_ids is None and documents is not None:
-            position_ids = restarting_positions(documents)[:, start:]  # (B, T)
-        tokens = Tokens(
-            index=steps,
-            positions=steps if position_ids is None else position_ids,
-            documents=None if documents is None else documents[:, start:],
-            attend=self.config.attend,
-        )
-        return tokens if cache is None else cache.read(tokens)
-
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c056
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c057
 # the matrices whose products are added to the residual stream
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
 
@@ -212,7 +215,7 @@ def init_weights(
         if computed and hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c058
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c059
 class CausalLM(nn.Module):
     "A `Decoder` and a head that turns each hidden state into a score for every token."
 
@@ -237,7 +240,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:  # (B, T, V) logits: scores of the next token
         return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c068
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c069
 def gpt2(
     *,
     vocab_size: int = 50257,  # V
@@ -293,7 +296,7 @@ def gpt2(
         init_std=init_std,
     )
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c074
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c075
 def _size(part: LayerConfig | None, d_model: int) -> int:
     "Number of parameters that a part would have; allocates none of them."
     if part is None:
@@ -316,7 +319,7 @@ def count_parameters(
     blocks = _over_blocks(config, lambda block: _size(block, D))
     return ends + _size(config.positions, D) + blocks + _size(config.norm, D)
 
-# %% ../../nbs/00_transformer/06_gpt.ipynb #c081
+# %% ../../nbs/00_transformer/06_gpt.ipynb #c082
 def matmul_parameters(
     config: DecoderConfig,
 ) -> int:  # weights that meet every token in a matrix product, the head's included

@@ -255,7 +255,8 @@ class Run:
         flops = flops_per_token(config, given["loader"]["seq_len"]) * tokens
         epochs = tokens / n_tokens
         return {
-            "model": f"{given['preset']}, {self.model['family']}, {count_parameters(config):,} parameters, "
+            "model": f"{given['preset']}, {self.model['family']}, "
+                     f"{count_parameters(config):,} parameters, "
                      f"vocabulary {config.vocab_size}, context {config.max_seq_len}",
             "data": f"{n_tokens:,} tokens in {given['data']}",
             "step": f"{self.tokens_per_step:,} tokens",
