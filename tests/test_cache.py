@@ -14,7 +14,7 @@ from skylar.layers.cache import GrowingCache, KVCache, LayerCache, layer_cache
 from skylar.layers.gqa import GQAConfig, Window
 from skylar.layers.norm import RMSNormConfig
 from skylar.layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
-from skylar.models.decoder import CausalLM, DecoderConfig, gpt2
+from skylar.models.decoder import CausalLM, DecoderConfig, _tokens, gpt2
 
 D, MAX_LEN = 48, 96
 MHA = AttentionConfig(n_heads=4)
@@ -450,7 +450,7 @@ def test_a_plain_token_costs_the_cache_one_slice():
     model = build(MHA)
     cache = cache_of(model, 2, 40)
     model(ids_of(model, 2, 10), cache=cache)
-    tokens = model.model._tokens(ids_of(model, 2, 1), None, None, None)
+    tokens = _tokens(model.config, ids_of(model, 2, 1), None, None, None)
     with Ops() as ops:
         assert cache.documents_with(None, 1) is None
         past = cache.read(tokens).past
@@ -466,7 +466,7 @@ def test_the_prompt_is_read_as_without_a_cache():
     """First call: same tokens object, so that the causal kernel without a mask can run."""
     model = build(MHA)
     cache = cache_of(model, 2, 40)
-    tokens = model.model._tokens(ids_of(model, 2, 10), None, None, cache)
+    tokens = _tokens(model.config, ids_of(model, 2, 10), None, None, cache)
     k = torch.zeros(2, 4, 10, 12, dtype=torch.float64)
     keys, _, seen = cache[0].update(k, k, tokens)
     assert keys is k and seen is tokens

@@ -1,7 +1,8 @@
 """Execute lessons from a clean kernel and store their outputs.
 
     python tools/lessons.py run [NB ...]     # all lessons, or the ones named; stores outputs
-    python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json
+    python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json,
+                                             # where lessons not named keep their seconds
 
 Both honour nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
 without a kernel a stored view is an error message, and the static picture beside it stays.
@@ -11,6 +12,7 @@ import argparse
 import base64
 import configparser
 import io
+import json
 import os
 import sys
 import time
@@ -140,9 +142,22 @@ def main() -> None:
         sys.path.insert(0, str(ROOT / "bench"))
         from common import record
 
-        rows = [{"lesson": name, "seconds": s} for name, s in seconds.items()]
-        threads = os.environ.get("OMP_NUM_THREADS", "default")
-        record("lessons", rows, threads=threads)
+        seconds = measured() | seconds
+        rows = [{"lesson": name, "seconds": seconds[name]} for name in names() & seconds.keys()]
+        rows.sort(key=lambda row: row["lesson"])
+        record("lessons", rows, threads=os.environ.get("OMP_NUM_THREADS", "default"))
+
+
+def names() -> set[str]:
+    "Every lesson there is, as the results call it."
+    return {path.relative_to(ROOT).as_posix() for path in lessons()}
+
+
+def measured() -> dict[str, float]:
+    "Seconds of each lesson as they were last measured."
+    path = ROOT / "bench" / "results" / "lessons.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["lesson"]: row["seconds"] for row in rows}
 
 
 if __name__ == "__main__":
