@@ -66,6 +66,11 @@ def train_step_rows(family: str) -> list[list[str]]:
     return rows
 
 
+def decode_rows() -> list[list[str]]:
+    "Cached decoding and reading a prompt, against transformers."
+    return result("decode")["summary"]
+
+
 def gpu_rows() -> list[list[str]]:
     "Training on a GPU: share of its matmul ceiling, packed and unpacked."
     found = result("train_gpu")
@@ -111,7 +116,7 @@ def tokenize_rows() -> list[list[str]]:
 
 def bench() -> str:
     "One row a measurement: what, ours, theirs, ratio, target."
-    rows = [*train_step_rows("qwen3"), *train_step_rows("gpt2"), *gpu_rows(),
+    rows = [*train_step_rows("qwen3"), *train_step_rows("gpt2"), *decode_rows(), *gpu_rows(),
             *time_to_quality_rows(), *loader_rows(), *tokenize_rows()]
     return table(["what", "Skylar", "the other side", "ratio", "target"], rows)
 
