@@ -4,7 +4,7 @@ One folder of weights is opened by both sides, in this process: random ones for 
 preset, SmolLM2-135M-Instruct's own (fetched once, 93 MB). They continue the same prompts
 greedily, in turns; in float32 they must say the same tokens, in bfloat16 two best tokens can be
 closer than its rounding, and the share of equal ones is reported, beside the share in which
-transformers agrees with itself when it uses its other cache. Batches in bfloat16 are decoded by
+transformers agrees with itself when it uses its other cache. Batches are decoded by
 `packed(model)`; the seconds of packing, once for all, are reported and not counted. transformers
 gets each of its caches, and the faster one counts. Also how fast a prompt is read, and what share
 of this machine's memory bandwidth decoding reaches: each token reads every weight once.
@@ -130,7 +130,7 @@ def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float) -> dict:
     ids = prompts(name, ours.config.vocab_size, batch, PROMPT)
     cache = fastest_cache(theirs, ids, n)
     weights, pack_seconds = sum(p.nbytes for p in ours.parameters()), 0.0
-    if batch > 1 and dtype == torch.bfloat16:
+    if batch > 1:
         start = time.perf_counter()
         ours = packed(ours, batch)
         pack_seconds = time.perf_counter() - start

@@ -53,6 +53,15 @@ def test_one_layer_with_a_bias():
         assert_close(PackedLinear(linear, 6)(x), linear(x), rtol=0.02, atol=0.02)
 
 
-def test_what_gains_nothing_is_refused():
-    with pytest.raises(ValueError, match="weights are torch.float32 on cpu; packing is for"):
-        packed(model().float(), 8)
+def test_in_float32_the_head_is_packed_and_the_tokens_are_the_same():
+    lm = model(vocab_size=20_000).float()
+    twin, ids = packed(lm, 8), torch.randint(20_000, (8, 7))
+    assert isinstance(twin.lm_head, PackedLinear)
+    assert isinstance(twin.model.layers[0].mlp.up_proj, torch.nn.Linear)
+    out = generate(twin, ids, 12, temperature=0)
+    assert torch.equal(out, generate(lm, ids, 12, temperature=0))
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ValueError, match="weights are torch.float64 on cpu; packing is for"):
+        packed(model().double(), 8)

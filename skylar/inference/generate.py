@@ -27,7 +27,8 @@ def head_scores(
     hidden: Tensor,  # (B, D) of one position in each row
 ) -> Tensor:  # (B, V)
     "The head's product W h, turned round and never with a single column in float32."
-    if hidden.dtype != torch.float32 or hidden.device.type != "cpu":
+    plain = isinstance(head, torch.nn.Linear)  # not `packed`
+    if hidden.dtype != torch.float32 or hidden.device.type != "cpu" or not plain:
         return head(hidden)
     rows = hidden if len(hidden) > 1 else torch.cat([hidden, hidden])
     return (head.weight @ rows.T).T[: len(hidden)]  # a matrix-vector kernel is slow
@@ -234,22 +235,24 @@ class PackedLinear(torch.nn.Module):
 
 
 def packed(
-    model: CausalLM,  # in bfloat16, on the CPU
+    model: CausalLM,  # on the CPU
     rows: int,  # B, texts that will be continued together
 ) -> CausalLM:
     """A twin for decoding whole batches on a CPU: same scores, weights packed once.
 
-    It cannot be trained or saved, and shares with `model` what is not packed. `ValueError`
-    for another dtype or device, where it would gain nothing.
+    Every layer in bfloat16; in float32 only large ones, such as the head, gain by it. The
+    twin cannot be trained or saved, and shares with `model` what is not packed.
+    `ValueError` for another dtype or device.
     """
     weight = model.lm_head.weight
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+    least = {torch.bfloat16: 0, torch.float32: 2**20}.get(weight.dtype)  # numbers
+    if least is None or weight.device.type != "cpu":
         raise ValueError(
-            f"weights are {weight.dtype} on {weight.device}; packing is for bfloat16 on a "
-            "CPU, decode with the model as it is")
+            f"weights are {weight.dtype} on {weight.device}; packing is for bfloat16 and "
+            "float32 on a CPU, decode with the model as it is")
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in list(twin.modules()):
         for name, layer in module.named_children():
-            if isinstance(layer, torch.nn.Linear):
+            if isinstance(layer, torch.nn.Linear) and layer.weight.numel() >= least:
                 setattr(module, name, PackedLinear(layer, rows))
     return twin
