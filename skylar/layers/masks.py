@@ -317,7 +317,8 @@ def _chunks_pay(q: Tensor, causal: bool) -> bool:
     "As measured in this lesson: CPUs multiply in bf16 faster than their fused kernel."
     T, training = q.shape[2], torch.is_grad_enabled() and q.requires_grad
     if _is_cpu_bf16(q):
-        return training or T >= 2 * CHUNK
+        large = not causal or q.numel() >= 2**17  # else the calls outweigh the gain
+        return training or (T >= 2 * CHUNK and large)
     return not causal and T >= 2 * CHUNK
 
 # %% ../../nbs/01_gqa_rope/04_masks.ipynb #c057
