@@ -13,7 +13,7 @@ OPTIONAL = ("transformers", "datasets", "matplotlib", "pyarrow", "IPython", "ipy
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "skylar").rglob("*.py")
-    if path.name not in ("__init__.py", "__main__.py", "_modidx.py", "viz.py")
+    if path.name not in ("__init__.py", "__main__.py", "_modidx.py", "viz.py", "auto.py")
 )
 BLOCK = """
 import sys
@@ -44,6 +44,11 @@ def test_modules_import_without_the_optional_packages():
         "import importlib\n" + f"for m in {MODULES}: importlib.import_module(m)"
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_classes_of_transformers_say_what_they_need():
+    result = without_optional("import skylar.models.auto")
+    assert 'needs transformers: pip install "skylar[lab]"' in result.stderr
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

@@ -9,9 +9,13 @@ __all__ = ['SkylarConfig', 'SkylarForCausalLM']
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+try:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
+    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
+except ModuleNotFoundError:
+    install = "pip install \"skylar[lab]\""
+    raise ImportError(f"skylar.models.auto needs transformers: {install}") from None
 
 from .decoder import CausalLM, DecoderConfig
 from .presets import from_args
