@@ -169,10 +169,16 @@ def prefill(case: str, ours, theirs, rounds: int) -> dict:
 
 def summary(rows: list[dict]) -> list[list[str]]:
     """What, ours, theirs, ratio, target: lines of a README table."""
-    return [[
-        f"{r['what']}, {r['case']}", f"{r['skylar_tokens_per_s']:,} tokens/s",
-        f"{r['transformers_tokens_per_s']:,} tokens/s (transformers)", f"{r['ratio']:.2f}x",
-        f"{r['target']}x"] for r in rows]
+    lines = []
+    for row in rows:
+        model, dtype, batch = row["case"].split("-")
+        kind = {"decode": "greedy decoding with a cache", "prefill": "reading a prompt"}
+        ours, theirs = (row[f"{who}_tokens_per_s"] for who in ("skylar", "transformers"))
+        lines.append([
+            f"{kind[row['what']]}, `{model}`, {dtype}, batch {batch}", f"{ours:,.0f} tokens/s",
+            f"{theirs:,.0f} tokens/s (transformers)", f"{row['ratio']:.2f}x",
+            f"{row['target']}x"])
+    return lines
 
 
 def main():
