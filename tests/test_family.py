@@ -238,7 +238,11 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("family, args, message", MISTAKES, ids=lambda x: getattr(x, "__name__", str(x))[:40])
+def short(x) -> str:
+    return getattr(x, "__name__", str(x))[:40]
+
+
+@pytest.mark.parametrize("family, args, message", MISTAKES, ids=short)
 def test_mistakes_are_refused_in_one_line(family, args, message):
     with pytest.raises(ValueError, match=message) as error:
         family(**args)
