@@ -4,10 +4,10 @@ One folder of weights is opened by both sides, in this process: random ones for 
 preset, SmolLM2-135M-Instruct's own (fetched once, 93 MB). They continue the same prompts
 greedily, in turns; in float32 they must say the same tokens, in bfloat16 two best tokens can be
 closer than its rounding, and the share of equal ones is reported, beside the share in which
-transformers agrees with itself when it uses its other cache. Batches are decoded by
-`packed(model)`; the seconds of packing, once for all, are reported and not counted. transformers
-gets each of its caches, and the faster one counts. Also how fast a prompt is read, and what share
-of this machine's memory bandwidth decoding reaches: each token reads every weight once.
+transformers agrees with itself when it uses its other cache. Skylar's side is `packed(model)`;
+the seconds of packing, once for all, are reported and not counted. transformers gets each of its
+caches, and the faster one counts. Also how fast a prompt is read, and what share of this
+machine's memory bandwidth decoding reaches: each token reads every weight once.
 
     python bench/decode.py                              # all cases, under 8 minutes
     python bench/decode.py --only test-fp32 --rounds 3 --dry
@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from skylar.data.sources import MODELS, documents, fetch_model
-from skylar.inference.generate import generate, next_logits, packed
+from skylar.inference.generate import generate, next_logits
+from skylar.inference.packing import packed
 from skylar.inference.sampling import inference
 from skylar.layers.cache import KVCache
 from skylar.models.decoder import CausalLM
@@ -129,11 +130,10 @@ def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float) -> dict:
     name, dtype, batch, n, target = CASES[case]
     ids = prompts(name, ours.config.vocab_size, batch, PROMPT)
     cache = fastest_cache(theirs, ids, n)
-    weights, pack_seconds = sum(p.nbytes for p in ours.parameters()), 0.0
-    if batch > 1:
-        start = time.perf_counter()
-        ours = packed(ours, batch)
-        pack_seconds = time.perf_counter() - start
+    weights = sum(p.nbytes for p in ours.parameters())
+    start = time.perf_counter()
+    ours = packed(ours, batch)
+    pack_seconds = time.perf_counter() - start
     mine = generate(ours, ids, n, temperature=0)
     kinds = (cache, *(CACHES.keys() - {cache}))
     hers = [their_generate(theirs, ids, n, **CACHES[kind]) for kind in kinds]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from skylar.inference.generate import PackedLinear, generate, packed
+from skylar.inference.generate import generate
+from skylar.inference.packing import PackedLinear, packed
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 

@@ -76,11 +76,20 @@ def decode_attention(
 ) -> Tensor:  # (B, H, 1, Dv)
     "The heads of a group as rows of one product: each key is read once for all of them."
     (B, H, _, D), K = q.shape, k.shape[1]
-    rows, n_rows = q.reshape(B, K, H // K, D), H // K  # einops would cost as much again
-    if n_rows == 1 and k.shape[2] >= 256 and _is_cpu_bf16(q):
-        rows = rows.expand(-1, -1, 2, -1)  # that kernel is faster with two rows than one
-    out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return out[:, :, :n_rows].reshape(B, H, 1, -1)
+    if H == K and _is_cpu_bf16(q) and k.numel() >= 2**15:
+        return _lone_row(q, k, v, mask)
+    rows = q.reshape(B, K, H // K, D)  # einops would cost as much again
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(B, H, 1, -1)
+
+
+def _lone_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    "Round the kernel for a single row in bf16, which is slow on CPUs."
+    if k.numel() > 2**20:  # twice the work in half the time
+        q = q.expand(-1, -1, 2, -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :1]
+    mask = None if mask is None else mask.float()
+    q, k, v = q.float(), k.float(), v.float()  # copies that stay in the processor's cache
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).to(torch.bfloat16)
 
 
 def _is_cpu_bf16(x: Tensor) -> bool:
