@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .block import check_dropout
+from .block import check_dropout, dropout_layer
 
 # %% ../../nbs/01_gqa_rope/05_ffn.ipynb #c027
 class SwiGLU(nn.Module):
@@ -22,7 +22,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
         self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_layer(config.dropout)
 
     def forward(
         self,
@@ -39,7 +39,7 @@ class ReLU2(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(d_model, config.d_ff, bias=config.bias)
         self.down_proj = nn.Linear(config.d_ff, d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout_layer(config.dropout)
 
     def forward(
         self,

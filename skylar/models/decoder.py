@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import AttentionConfig, Tokens, fused_attention
 from ..layers.block import BlockConfig, LayerConfig, LayerNormConfig, MLPConfig
-from ..layers.block import check_dropout
+from ..layers.block import check_dropout, dropout_layer
 from ..layers.positions import LearnedPositionsConfig
 
 # %% ../../nbs/00_transformer/06_gpt.ipynb #c023
@@ -148,8 +148,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         self.embed_positions = config.positions.build(D) if config.positions else None
-        p = config.dropout  # without it, no call that a short step would feel
-        self.dropout = nn.Dropout(p) if p else nn.Identity()
+        self.dropout = dropout_layer(config.dropout)
         self.layers = nn.ModuleList(block.build(D) for block in config.blocks)
         self.norm = config.norm.build(D)
 
