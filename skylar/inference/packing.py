@@ -41,7 +41,7 @@ def _tiled(
     multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: multiply(x, weight, bias, "none", [], "")
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c028
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c030
 LARGE = 2**18  # weights; smaller matrices stay in the processor's cache, as they lie
 
 
@@ -57,7 +57,7 @@ def packing_pays(
         return large and rows > 1
     return rows > 1 or (large and weight.shape[1] < 512)  # PyTorch's kernel: long rows
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c031
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c033
 def _stack(parts: list[Tensor]) -> Tensor:
     "One below the other; a single one is not copied."
     return parts[0].detach() if len(parts) == 1 else torch.cat(parts)
@@ -85,7 +85,7 @@ def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = turned_product(x.view(1, -1), weight).contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c036
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c038
 class PackedLinear(nn.Module):
     "A linear layer whose weight lies in memory as a CPU reads it fastest. No gradients."
 
@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
     ) -> Tensor:  # (..., out)
         return self.product(x)
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c039
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c041
 class PackedSwiGLU(nn.Module):
     "`SwiGLU` with gate and up as one product."
 
@@ -119,7 +119,7 @@ class PackedSwiGLU(nn.Module):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (..., F)
         return self.down(F.silu(gate).mul_(up))
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c042
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c044
 def turn(
     x: Tensor,  # (..., Dh)
     cos: Tensor,  # (..., Dh)
@@ -128,7 +128,7 @@ def turn(
     "`apply_rope` in three calls: a roll swaps the halves, and the sine brings the sign."
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c046
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c048
 def normalise(
     x: Tensor,  # (..., D)
     gain: Tensor,  # broadcastable to x
@@ -137,7 +137,7 @@ def normalise(
     "RMSNorm as a function, for vectors that may each have a gain of their own."
     return F.rms_norm(x, x.shape[-1:], None, eps).mul_(gain)
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c049
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c051
 class PackedBlock(nn.Module):
     """A block of RMSNorm and grouped-query attention as one function, for a model that speaks.
 
@@ -196,7 +196,7 @@ class PackedBlock(nn.Module):
         a, b = sin.chunk(2, dim=-1)
         return cos, torch.cat([-a, b], dim=-1)
 
-# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c052
+# %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c054
 def fits(block: Block) -> bool:
     "Whether `PackedBlock` can stand for it."
     norms = (block.input_layernorm, block.post_attention_layernorm)
