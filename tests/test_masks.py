@@ -364,12 +364,13 @@ def test_cached_equals_uncached(padded, window):
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_as_one_graph(packed):
     case = Case(14, B=2, T=300, documents="packed" if packed else None, dtype=torch.bfloat16)
+    window = Window(size=50, sinks=1)
 
     def f(q, k, v, ids):
         steps = torch.arange(300)
         tokens = Tokens(index=steps, positions=steps, documents=ids)
         out = attend(q, k, v, tokens, tokens)
-        return out + attend(out, k, v, tokens, tokens, rule=Window(size=50, sinks=1))
+        return out + attend(out, k, v, tokens, tokens, rule=window)
 
     inputs = case.heads()
     args = (*inputs, case.keys.documents)

@@ -8,8 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from skylar.inference.generate import generate, next_logits
-from skylar.inference.packing import (
-    LARGE, PackedBlock, PackedLinear, packed, packing_pays, product)
+from skylar.inference.packing import LARGE, PackedBlock, PackedLinear, packed, packing_pays, product
 from skylar.layers.block import BlockConfig, MLPConfig
 from skylar.layers.cache import KVCache
 from skylar.layers.gqa import GQAConfig
@@ -94,8 +93,8 @@ def test_blocks_of_another_kind_keep_their_code():
         return DecoderConfig(vocab_size=50, d_model=16, blocks=(block,), max_seq_len=16)
 
     ids = torch.randint(50, (2, 9))
-    for config, fits in ((config(), True), (config(pre_norm=False), False)):
-        lm = scrambled(config)
+    for made, fits in ((config(), True), (config(pre_norm=False), False)):
+        lm = scrambled(made)
         twin = packed(lm, 2)
         assert isinstance(twin.model.layers[0], PackedBlock) == fits
         with torch.no_grad():

@@ -22,7 +22,11 @@ class _RMSNorm(torch.autograd.Function):
         h = x.to(torch.promote_types(x.dtype, torch.float32))
         r = h.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1) = 1 / rms
         ctx.save_for_backward(x, weight, r)
-        return (h * r).to(x.dtype).mul_(weight)
+        y = (h * r).to(x.dtype)
+        if torch.compiler.is_compiling():  # 2.11 loses our gradient if the result is not new:
+            y = y * weight  # one changed in place, or one that `to` leaves as it is
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y.mul_(weight)
 
     @staticmethod
     @once_differentiable

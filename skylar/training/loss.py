@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(i, i + chunk)
             n = len(h[part])
             torch.mm(h[part], w.T, out=logits[:n])
-            loss += _chunk_loss(
+            loss = loss + _chunk_loss(  # += compiles to wrong gradients in PyTorch 2.11
                 logits[:n], x[:n], p[:n], labels[part], valid[part], z_loss, softcap
             )
             if need_h:
