@@ -125,15 +125,19 @@ def row(case: str, what: str, tokens: int, a: float, b: float, quartiles, target
     }
 
 
-def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float) -> dict:
+def pack(ours, batch: int) -> tuple[CausalLM, dict]:
+    """The twin that decodes, and what to report of the model it was made from."""
+    start = time.perf_counter()
+    twin = packed(ours, batch)
+    return twin, {"pack_seconds": round(time.perf_counter() - start, 2),
+                  "weights_mb": round(sum(p.nbytes for p in ours.parameters()) / 1e6, 1)}
+
+
+def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float, facts: dict) -> dict:
     """One row: a whole greedy continuation on both sides."""
     name, dtype, batch, n, target = CASES[case]
     ids = prompts(name, ours.config.vocab_size, batch, PROMPT)
     cache = fastest_cache(theirs, ids, n)
-    weights = sum(p.nbytes for p in ours.parameters())
-    start = time.perf_counter()
-    ours = packed(ours, batch)
-    pack_seconds = time.perf_counter() - start
     mine = generate(ours, ids, n, temperature=0)
     kinds = (cache, *(CACHES.keys() - {cache}))
     hers = [their_generate(theirs, ids, n, **CACHES[kind]) for kind in kinds]
@@ -142,11 +146,11 @@ def decode(case: str, ours, theirs, rounds: int, bytes_per_s: float) -> dict:
     a, b, quartiles = turns(
         lambda: generate(ours, ids, n, temperature=0),
         lambda: their_generate(theirs, ids, n, **CACHES[cache]), rounds)
+    read = 1e6 * facts["weights_mb"] * n / a  # bytes a second
     return row(case, "decode", batch * n, a, b, quartiles, target, batch=batch,
                transformers_cache=cache, same_tokens=round(same, 3),
-               caches_agree=round(other, 3), pack_seconds=round(pack_seconds, 2),
-               weights_mb=round(weights / 1e6, 1), weights_gb_per_s=round(weights * n / a / 1e9, 2),
-               share_of_bandwidth=round(weights * n / a / bytes_per_s, 3))
+               caches_agree=round(other, 3), **facts, weights_gb_per_s=round(read / 1e9, 2),
+               share_of_bandwidth=round(read / bytes_per_s, 3))
 
 
 def prefill(case: str, ours, theirs, rounds: int) -> dict:
@@ -191,10 +195,11 @@ def main():
     logging.disable_progress_bar()
     speed, rows = bandwidth(), []
     print(f"memory is read at {speed / 1e9:.1f} GB/s by {torch.get_num_threads()} threads")
-    for case, (name, dtype, *_) in CASES.items():
+    for case, (name, dtype, batch, *_) in CASES.items():
         if case.startswith(args.only):
             ours, theirs = both(name, dtype)
-            rows.append(decode(case, ours, theirs, args.rounds, speed))
+            ours, facts = pack(ours, batch)
+            rows.append(decode(case, ours, theirs, args.rounds, speed, facts))
             print(rows[-1], flush=True)
             rows.append(prefill(case, ours, theirs, max(3, args.rounds // 2)))
             print(rows[-1], flush=True)
