@@ -201,7 +201,7 @@ def main():
             ours, facts = pack(ours, batch)
             rows.append(decode(case, ours, theirs, args.rounds, speed, facts))
             print(rows[-1], flush=True)
-            rows.append(prefill(case, ours, theirs, max(3, args.rounds // 2)))
+            rows.append(prefill(case, ours, theirs, args.rounds))
             print(rows[-1], flush=True)
     if not args.dry:
         record("decode", rows, summary=summary(rows), prompt=PROMPT, rounds=args.rounds,

@@ -125,8 +125,8 @@ def turn(
     cos: Tensor,  # (..., Dh)
     sin: Tensor,  # (..., Dh), its first half with the sign changed
 ) -> Tensor:  # (..., Dh)
-    "`apply_rope` in three calls: a roll swaps the halves, and the sine brings the sign."
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    "`apply_rope` in fewer calls: a roll swaps the halves, and the sine brings the sign."
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
 
 # %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c048
 def normaliser(
