@@ -133,14 +133,17 @@ def normaliser(
     gain: Tensor,  # (D,), or (heads, D) if each head has its own
     eps: float,
 ) -> Callable[[Tensor], Tensor]:  # (..., D) -> (..., D)
-    "RMSNorm with this gain as a function of few calls: x g √D / hypot(|x|, √(D eps))."
-    D = gain.shape[-1]
-    gain, least = gain.detach().float() * D**0.5, torch.tensor((D * eps) ** 0.5)
+    "RMSNorm with this gain as a function of few calls: x √D / hypot(|x|, √(D eps)) * g."
+    D, least = gain.shape[-1], torch.tensor((gain.shape[-1] * eps) ** 0.5)
+    wide = gain.dtype == torch.float32
+    gain = gain.detach() * D**0.5 if wide else gain.detach()
 
     def normalise(x: Tensor) -> Tensor:
         h = x.float()
-        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True)  # (..., 1)
-        return h.div(length.hypot_(least)).mul_(gain).to(x.dtype)
+        length = torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot_(least)  # (..., 1)
+        if wide:
+            return h.div(length).mul_(gain)
+        return h.div(length.mul_(D**-0.5)).to(x.dtype).mul_(gain)  # rounded as `RMSNorm` is
 
     return normalise
 
