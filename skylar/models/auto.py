@@ -106,7 +106,7 @@ def _check_mask(mask: Tensor | None, rows: int, n_tokens: int) -> None:
             f"attention_mask is {tuple(mask.shape)}, with the cache there are {rows} rows of "
             f"{n_tokens} tokens; give one number for each")
 
-
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c022
 class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
     """A `CausalLM` behind transformers' interface: the same modules under the same names.
 
@@ -165,6 +165,6 @@ class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
         "No mask is drawn beforehand, for any kind of cache."
         return attention_mask
 
-# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c022
+# %% ../../nbs/01_gqa_rope/08_auto_classes.ipynb #c024
 AutoConfig.register("skylar", SkylarConfig)
 AutoModelForCausalLM.register(SkylarConfig, SkylarForCausalLM)
