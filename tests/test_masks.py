@@ -15,11 +15,13 @@ from skylar.layers.ffn import SwiGLUConfig
 from skylar.layers.gqa import GQAConfig, Window
 from skylar.layers.masks import (
     CHUNK,
+    additive,
     attend,
     block_attention,
     causal_attention,
     choose,
     chunked_attention,
+    decode_attention,
     dense_attention,
     plan_chunks,
 )
@@ -393,3 +395,17 @@ def test_model_trains_alike_with_either_attend():
         grads.append([p.grad for p in m.parameters()])
     for a, b in zip(*grads, strict=True):
         assert distance(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("keys", [20, 300, 4200])  # as it is, in float32, the row twice
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_lone_bfloat16_row_is_as_exact_as_the_kernel(keys, masked):
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 1, 32, dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 4, keys, 32, dtype=torch.bfloat16) for _ in range(2))
+    seen = torch.rand(2, 1, 1, keys) < 0.5
+    mask = additive(seen, torch.bfloat16) if masked else None
+    exact = attention(q.double(), k.double(), v.double(), seen if masked else None)
+    got = decode_attention(q, k, v, mask)
+    assert got.dtype == torch.bfloat16 and got.shape == q.shape
+    torch.testing.assert_close(got.double(), exact, atol=5e-3, rtol=0.02)

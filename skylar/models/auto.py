@@ -161,7 +161,7 @@ class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=memory)
 
     @staticmethod
-    def create_masks_for_generate(*others, attention_mask: Tensor | None = None, **more):
+    def create_masks_for_generate(*others, attention_mask: Tensor | None, **more):
         "No mask is drawn beforehand, for any kind of cache."
         return attention_mask
 
