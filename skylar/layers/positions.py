@@ -47,6 +47,9 @@ class LearnedPositions(nn.Embedding):
     ) -> Tensor:  # (T, D) or (B, T, D), to be added to the word embeddings
         return look_up(position_ids, self.weight)
 
+    def init_weights(self, init_std: float, residual_std: float) -> None:
+        nn.init.normal_(self.weight, std=init_std)
+
 # %% ../../nbs/00_transformer/04_positions.ipynb #c027
 @dataclass(frozen=True, kw_only=True)
 class LearnedPositionsConfig:

@@ -16,12 +16,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from ..layers.block import BlockConfig
-from ..layers.ffn import ReLU2Config, SwiGLUConfig
-from ..layers.gqa import GQAConfig, Window
-from ..layers.masks import attend
+from ..layers.mlp import ReLU2Config, SwiGLUConfig
+from ..layers.gqa import GQAConfig
+from ..layers.sliding_window import SlidingWindow
 from ..layers.norm import RMSNormConfig
 from ..layers.rope import RoPEConfig, read_scaling, write_scaling
-from .decoder import DecoderConfig, count_parameters, gpt2, require_positive
+from .decoder import DecoderConfig, count_parameters, gpt2
+from ..utils.checks import check_int
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c018
 def _find(name: str, known, kind: str) -> str:
@@ -53,7 +54,7 @@ def _dense(
     qk_norm=False, ffn="swiglu", window=None, sinks=0, full_every=0,
 ) -> DecoderConfig:
     "The decoder that the families below have in common; they say what the words mean."
-    require_positive(
+    check_int(
         vocab_size=vocab_size, d_model=d_model, n_heads=n_heads, n_layers=n_layers,
         d_ff=d_ff, max_seq_len=max_seq_len)
     if full_every < 0:
@@ -69,7 +70,7 @@ def _dense(
         dropout=dropout,
     )
     near = full if window is None else replace(
-        full, window=Window(size=window, sinks=sinks))
+        full, window=SlidingWindow(size=window, num_sink_tokens=sinks))
     mixers = (full if full_every and i % full_every == 0 else near
               for i in range(1, n_layers + 1))
     mlp = _FFNS[_find(ffn, _FFNS, "ffn")](d_ff=d_ff)
@@ -83,7 +84,6 @@ def _dense(
         tie_embeddings=tie_embeddings,
         dropout=dropout,
         init_std=init_std,
-        attend=attend,
     )
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c024
@@ -344,7 +344,7 @@ def kv_bytes(
         n_kv_heads = getattr(layer, "n_kv_heads", None) or layer.n_heads
         d_head = layer.d_head or config.d_model // layer.n_heads
         window = getattr(layer, "window", None)
-        held = min(n_tokens, window.size + window.sinks) if window else n_tokens
+        held = min(n_tokens, window.max_keys) if window else n_tokens
         numbers += 2 * batch_size * n_kv_heads * d_head * held
     return numbers * dtype.itemsize
 
