@@ -297,7 +297,7 @@ def _arguments(config: DecoderConfig) -> dict[str, Any]:
     if any(windows):
         window = next(filter(None, windows))
         full_every = windows.index(None) + 1 if None in windows else 0
-        found |= {"window": window.size, "sinks": window.sinks, "full_every": full_every}
+        found |= {"window": window.size, "sinks": window.num_sink_tokens, "full_every": full_every}
     return found
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c062
