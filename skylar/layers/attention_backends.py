@@ -95,9 +95,11 @@ def make_mask_mod(
 # %% ../../nbs/00_transformer/03_masks.ipynb #7ca52a6a
 def mask_batch_size(queries: Positions, keys: Positions) -> int:
     "B if sequences differ in what they mask, 1 if one mask serves them all."
-    tensors = (t for p in (queries, keys)
-               for t in (p.cache_position, p.position_ids, p.document_ids) if t is not None)
-    return max((len(t) for t in tensors if t.ndim == 2), default=1)
+    for tokens in (queries, keys):
+        for x in (tokens.cache_position, tokens.position_ids, tokens.document_ids):
+            if x is not None and x.ndim == 2:
+                return x.shape[0]
+    return 1
 
 
 def dense_mask(mask_mod: MaskMod, queries: Positions, keys: Positions) -> Tensor:
