@@ -470,7 +470,7 @@ def prepare_mask(
 def compute_dtype(x: Tensor) -> torch.dtype:
     "In what dtype a linear layer computes: under autocast, in autocast's."
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 

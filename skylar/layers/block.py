@@ -68,7 +68,7 @@ class BlockConfig:
     ffn: LayerConfig  # builds a layer called as ffn(x)
     norm: LayerConfig = field(default_factory=LayerNormConfig)  # built twice
     dropout: float = 0.0  # on what each half adds to the stream
-    pre_norm: bool = True  # False: normalise after the addition (2017's order)
+    pre_norm: bool = True  # False: normalize after the addition (2017's order)
 
     def __post_init__(self):
         check_probability(dropout=self.dropout)
