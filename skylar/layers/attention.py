@@ -7,8 +7,6 @@ __all__ = ['attention', 'causal_mask', 'flash_attention', 'AttentionConfig', 'he
 
 # %% ../../nbs/00_transformer/03_attention.ipynb #c003
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -66,14 +64,14 @@ def flash_attention(
         peak = new_peak
     return out / total
 
-# %% ../../nbs/00_transformer/03_masks.ipynb #71c54728
+# %% ../../nbs/00_transformer/03_masks.ipynb #31e25f04
 from dataclasses import dataclass
 
 from .attention_backends import AttentionInputs, Positions, prepare_mask
 from .attention_backends import scaled_dot_product_attention
 from ..utils.checks import check_int, check_probability
 
-# %% ../../nbs/00_transformer/03_masks.ipynb #c26cfd74
+# %% ../../nbs/00_transformer/03_masks.ipynb #47eb3d85
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     "Causal multi-head self-attention with `n_heads` heads of width `d_head`."
@@ -117,7 +115,7 @@ def head_sizes(
             "change one of them, or set d_head")
     return n_heads, n_kv_heads or n_heads, d_head or d_model // n_heads
 
-# %% ../../nbs/00_transformer/03_masks.ipynb #16f5fc24
+# %% ../../nbs/00_transformer/03_masks.ipynb #6756d7c3
 class MultiHeadAttention(nn.Module):
     "Causal multi-head self-attention (Vaswani et al. 2017, section 3.2.2)."
 
