@@ -12,7 +12,9 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from skylar.layers.attention import AttentionConfig
-from skylar.layers.block import BlockConfig, LayerNormConfig, MLPConfig
+from skylar.layers.block import BlockConfig
+from skylar.layers.mlp import MLPConfig
+from skylar.layers.norm import LayerNormConfig
 from skylar.layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
 from skylar.models.decoder import (
     CausalLM,
@@ -21,7 +23,6 @@ from skylar.models.decoder import (
     count_parameters,
     flops_per_token,
     gpt2,
-    init_weights,
     matmul_parameters,
     restarting_positions,
 )
@@ -138,11 +139,11 @@ def test_a_model_made_on_meta_is_tied_and_started_by_init_weights(tie):
         model = CausalLM(gpt2(**SMALL, tie_embeddings=tie))
     model.to_empty(device="cpu")
     torch.manual_seed(7)
-    init_weights(model)
+    model.init_weights()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
     other = small(tie_embeddings=tie)
     torch.manual_seed(7)
-    init_weights(other)
+    other.init_weights()
     ids = torch.arange(32)[None]
     assert torch.equal(model(ids), other(ids))
 
@@ -153,7 +154,7 @@ def test_a_model_made_on_meta_gets_its_computed_tables():
         model = CausalLM(config)
     model.to_empty(device="cpu")
     model.model.embed_positions.table.fill_(torch.nan)  # what memory may hold
-    init_weights(model)
+    model.init_weights()
     expected = CausalLM(config).model.embed_positions.table
     assert torch.equal(model.model.embed_positions.table, expected)
 
@@ -257,10 +258,17 @@ class RunningMean(nn.Module):
     def __init__(self, d_model: int):
         super().__init__()
         self.o_proj = nn.Linear(d_model, d_model)
-        self.seen = []
+        self.prepared, self.seen = 0, []
 
-    def forward(self, x, tokens, cache):
-        self.seen.append(tokens)
+    def prepare(self, x, queries, keys, backend, slots):
+        self.prepared += 1
+        return queries
+
+    def init_weights(self, init_std, residual_std):
+        nn.init.normal_(self.o_proj.weight, std=residual_std)
+
+    def forward(self, x, inputs, cache):
+        self.seen.append(inputs)
         return self.o_proj(x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None])
 
 
@@ -270,8 +278,11 @@ def test_a_decoder_of_a_layer_it_never_heard_of():
     model = CausalLM(config)
     assert count_parameters(config) == sum(p.numel() for p in model.parameters())
     model(torch.zeros(1, 5, dtype=torch.long), document_ids=torch.zeros(1, 5))
-    seen = [layer.self_attn.seen[0] for layer in model.model.layers]
-    assert seen[0].documents.shape == (1, 5) and all(tokens is seen[0] for tokens in seen)
+    layers = [layer.self_attn for layer in model.model.layers]
+    assert [layer.prepared for layer in layers] == [1, 0, 0]  # once for equal layers
+    first = layers[0].seen[0]
+    assert first.document_ids.shape == (1, 5)
+    assert all(layer.seen[0] is first for layer in layers)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -295,15 +306,15 @@ def test_dropout_only_while_training():
 
 BAD_ARGS = [
     (dict(d_model=25), "d_model=25 is not divisible by n_heads=3.*give d_head"),
-    (dict(d_model=-24), "d_model=-24 is not a size"),
-    (dict(n_layers=0), "n_layers=0 is not a size"),
-    (dict(n_heads=0), "n_heads=0 is not a size"),
-    (dict(d_ff=0), "d_ff=0 is not a size"),
+    (dict(d_model=-24), "d_model=-24: give a whole number"),
+    (dict(n_layers=0), "n_layers=0: give a whole number"),
+    (dict(n_heads=0), "n_heads=0: give a whole number"),
+    (dict(d_ff=0), "d_ff=0: give a whole number"),
     (dict(d_head=0), "d_head=0"),
-    (dict(vocab_size=0), "vocab_size=0 is not a size"),
-    (dict(max_seq_len=-1), "max_seq_len=-1 is not a size"),
-    (dict(d_model=24.0), "d_model=24.0 is not a size"),
-    (dict(vocab_size=True), "vocab_size=True is not a size"),
+    (dict(vocab_size=0), "vocab_size=0: give a whole number"),
+    (dict(max_seq_len=-1), "max_seq_len=-1: give a whole number"),
+    (dict(d_model=24.0), "d_model=24.0: give a whole number"),
+    (dict(vocab_size=True), "vocab_size=True: give a whole number"),
     (dict(dropout=1.0), r"dropout=1.0"),
     (dict(n_kv_heads=1), "n_kv_heads=1 differs from n_heads=3.*leave n_kv_heads out"),
 ]
@@ -318,8 +329,8 @@ def test_family_refuses(bad, message):
 BAD_CONFIGS = [
     (dict(blocks=()), "blocks is empty; give at least one"),
     (dict(max_seq_len=33), "positions.max_len=32 is shorter than max_seq_len=33"),
-    (dict(init_std=0.0), "init_std=0.0 is not positive"),
-    (dict(vocab_size=-5), "vocab_size=-5 is not a size"),
+    (dict(init_std=0.0), "init_std=0.0: give a number above 0"),
+    (dict(vocab_size=-5), "vocab_size=-5: give a whole number"),
     (dict(dropout=-0.1), "dropout=-0.1"),
 ]
 
@@ -359,5 +370,5 @@ def test_the_longest_sequence_is_accepted():
 
 def test_decoder_alone_can_be_started():
     decoder = Decoder(gpt2(**SMALL))
-    init_weights(decoder)
+    decoder.init_weights()
     assert decoder.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.1)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from skylar.layers.attention import Tokens, fused_attention, visible
 from skylar.layers.block import BlockConfig
 from skylar.layers.cache import KVCache, LayerCache
-from skylar.layers.ffn import SwiGLUConfig
+from skylar.layers.mlp import SwiGLUConfig
 from skylar.layers.gqa import GQAConfig, GroupedQueryAttention, RingCache, Window
 from skylar.layers.masks import attend
 from skylar.layers.norm import RMSNormConfig

@@ -10,8 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.nemotron.modeling_nemotron import NemotronMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from skylar.layers.block import MLPConfig
-from skylar.layers.ffn import ReLU2Config, SwiGLUConfig
+from skylar.layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from skylar.layers.norm import RMSNorm, RMSNormConfig
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from skylar.layers.attention import AttentionConfig, Tokens
-from skylar.layers.block import BlockConfig, LayerNormConfig, MLPConfig
+from skylar.layers.attention import AttentionConfig
+from skylar.layers.attention_backends import Positions
+from skylar.layers.block import BlockConfig
+from skylar.layers.mlp import MLPConfig
+from skylar.layers.norm import LayerNormConfig
 from skylar.layers.positions import (
     LearnedPositionsConfig,
     SinusoidalPositionsConfig,
@@ -75,11 +78,13 @@ def block_config(**changes):
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_block_hands_its_tokens_to_attention(pre_norm):
+def test_block_hands_its_inputs_to_attention(pre_norm):
     torch.manual_seed(0)
     block, x = block_config(pre_norm=pre_norm).build(16), torch.randn(2, 6, 16)
-    torch.testing.assert_close(block(x, Tokens.of(x)), block(x))
-    alone = Tokens.of(x, documents=torch.arange(6).expand(2, -1))  # each its own document
+    prepare, steps = block.self_attn.prepare, torch.arange(6)
+    torch.testing.assert_close(block(x, prepare(x)), block(x))
+    alone = prepare(x, Positions(  # each token a document of its own
+        cache_position=steps, position_ids=steps, document_ids=steps.expand(2, -1)))
     torch.testing.assert_close(block(x, alone)[:, 3], block(x[:, 3:4])[:, 0])
 
 

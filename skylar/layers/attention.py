@@ -83,7 +83,7 @@ class AttentionConfig:
 
     def __post_init__(self):
         check_int(n_heads=self.n_heads)
-        check_int(d_head=self.d_head or 1)
+        check_int(d_head=1 if self.d_head is None else self.d_head)
         check_probability(dropout=self.dropout)
 
     def head_sizes(self, d_model: int) -> tuple[int, int, int]:
