@@ -8,6 +8,9 @@ import ast
 import configparser
 import json
 import re
+import shutil
+import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +24,10 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
+
+from nbdev_commands import misplaced, notebooks, own_module  # noqa: E402
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_CELL_LINES = 60
 MACHINE_PATH = re.compile(r"(?<![A-Za-z0-9_.:/-])/(?:tmp|work|root|farm|Users)/\S*")
@@ -78,13 +85,18 @@ class Lesson:
     @cached_property
     def module(self) -> str | None:
         """`layers.attention` for `#| default_exp layers.attention`."""
-        found = [re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M) for c in self.code]
-        return next((m[1] for m in found if m), None)
+        return own_module([c.source for c in self.code])
 
     @property
     def numbered(self) -> bool:
-        """A lesson of a chapter, in contrast to the map, the plots and the command line."""
+        """A lesson of a chapter, in contrast to the map and the library's notebooks."""
         return bool(re.match(r"\d\d_", self.path.name))
+
+    @property
+    def floor(self) -> int:
+        """How far up its module stands; a notebook that exports nothing may use everything."""
+        package = f"skylar.{self.module}".split(".")[:2] if self.module else []
+        return self.course.floors.get(".".join(package), len(self.course.floors))
 
     @cached_property
     def imports(self) -> list[tuple[str, str]]:
@@ -103,10 +115,17 @@ class Course:
         return Limits.read(self.root / "settings.ini")
 
     @cached_property
+    def floors(self) -> dict[str, int]:
+        """{"skylar.utils": 0, ...}: what import-linter holds the package to."""
+        settings = tomllib.loads((self.root / "pyproject.toml").read_text())
+        contracts = settings["tool"]["importlinter"]["contracts"]
+        (layers,) = (c["layers"] for c in contracts if c["type"] == "layers")
+        rooms = (re.findall(r"[\w.]+", line) for line in reversed(layers))
+        return {room: floor for floor, found in enumerate(rooms) for room in found}
+
+    @cached_property
     def notebooks(self) -> list[Lesson]:
-        nbs = self.root / "nbs"
-        paths = sorted(nbs.rglob("*.ipynb"), key=lambda p: p.relative_to(nbs).as_posix())
-        return [Lesson(p, self) for p in paths if ".ipynb_checkpoints" not in p.parts]
+        return [Lesson(path, self) for path in notebooks(self.root / "nbs")]
 
     @cached_property
     def lessons(self) -> list[Lesson]:
@@ -149,6 +168,12 @@ def modules_are_unique(course: Course) -> Iterator[str]:
     """Of two notebooks with one `default_exp` the later silently overwrites the earlier."""
     modules = Counter(lesson.module for lesson in course.notebooks if lesson.module)
     yield from (f"two notebooks export {module}" for module, n in modules.items() if n > 1)
+
+
+def additions_go_to_earlier_modules(course: Course) -> Iterator[str]:
+    """`#| export layers.norm` in a notebook before the one that makes layers.norm is lost."""
+    cells = [(lesson.name, [c.source for c in lesson.code]) for lesson in course.notebooks]
+    yield from misplaced(cells)
 
 
 def modules_shadow_nothing(course: Course) -> Iterator[str]:
@@ -287,17 +312,25 @@ def names_no_machine(lesson: Lesson) -> Iterator[str]:
 
 
 def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
-    """A reader who goes from lesson to lesson never meets a part that is not yet built."""
+    """A reader who goes from lesson to lesson never meets a part that is not yet built.
+
+    The library's notebooks are no lessons and have no turn; a lesson may use those of its own
+    floor and below.
+    """
     if not lesson.numbered:
         return
     course = lesson.course
     before = course.lessons[: course.lessons.index(lesson)]
-    known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz", "skylar"}
+    library = [nb for nb in course.notebooks if not nb.numbered and nb.floor <= lesson.floor]
+    known = {f"skylar.{nb.module}" for nb in before + library} | {"skylar.viz", "skylar"}
     for module, name in lesson.imports:
         if not re.match(r"skylar\b|\.", module):
             continue
         if module not in known and f"{module}.{name}" not in known:
-            yield f"{lesson.name}: imports {module}, which no earlier lesson exports"
+            yield (
+                f"{lesson.name}: imports {module}, which neither an earlier lesson nor a library"
+                " notebook of its floor exports"
+            )
 
 
 def has_no_star_imports(lesson: Lesson) -> Iterator[str]:
@@ -333,6 +366,7 @@ def has_exercises(lesson: Lesson) -> Iterator[str]:
 COURSE_RULES: list[Callable] = [
     names_are_unique,
     modules_are_unique,
+    additions_go_to_earlier_modules,
     modules_shadow_nothing,
     modules_are_fresh,
     chapter_fits_its_budget,
@@ -410,16 +444,30 @@ def small_lesson(title: str, module: str, *extra: str) -> NotebookNode:
 
 
 class Sandbox:
-    """A good course of two lessons in a folder of its own, to be broken in one place."""
+    """A good course of two lessons and two library notebooks, to be broken in one place."""
 
     def __init__(self, root: Path):
         self.root = root
         self.write("settings.ini", SETTINGS)
+        shutil.copy(ROOT / "pyproject.toml", root)
         self.one, self.two = "nbs/00_a/00_one.ipynb", "nbs/00_a/01_two.ipynb"
         self.save(self.one, small_lesson("One", "layers.one"))
-        self.save(self.two, small_lesson("Two", "layers.two", "from skylar.layers.one import x"))
-        self.module("layers.one", self.one)
-        self.module("layers.two", self.two)
+        self.files, self.runs = "nbs/library/files.ipynb", "nbs/library/runs.ipynb"
+        two = (
+            "from skylar.layers.one import x",
+            "from skylar.utils.files import x as y",
+            "#| export layers.one\nz = 1",
+        )
+        self.save(self.two, small_lesson("Two", "layers.two", *two))
+        self.save(self.files, small_lesson("Files", "utils.files"))
+        self.save(self.runs, small_lesson("Runs", "training.runs"))
+        for module, name in (
+            ("layers.one", self.one),
+            ("layers.two", self.two),
+            ("utils.files", self.files),
+            ("training.runs", self.runs),
+        ):
+            self.module(module, name)
         self.measure({self.one: 10.0, self.two: 19.5})
 
     def write(self, name: str, text: str) -> None:
@@ -466,6 +514,8 @@ def drop_solution(nb: NotebookNode) -> None:
 BREAK: list[tuple[Callable, Callable[[Sandbox], None]]] = [
     (names_are_unique, lambda s: s.save("nbs/01_b/07_two.ipynb", new_notebook())),
     (modules_are_unique, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers.two"))),
+    (additions_go_to_earlier_modules, lambda s: s.replace(5, "layers.one", "training.runs")),
+    (additions_go_to_earlier_modules, lambda s: s.replace(5, "layers.one", "layers.nowhere")),
     (modules_shadow_nothing, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers"))),
     (modules_are_fresh, lambda s: s.module("layers.gone", s.two)),
     (modules_are_fresh, lambda s: s.save("nbs/00_a/02_x.ipynb", small_lesson("X", "layers.x"))),
@@ -500,6 +550,10 @@ BREAK: list[tuple[Callable, Callable[[Sandbox], None]]] = [
     (
         imports_only_earlier_lessons,
         lambda s: s.replace(3, "skylar.layers.one import x", "skylar.models import y"),
+    ),
+    (
+        imports_only_earlier_lessons,
+        lambda s: s.replace(4, "skylar.utils.files", "skylar.training.runs"),
     ),
     (has_no_star_imports, lambda s: s.replace(3, "import x", "import *")),
     (has_exercises, lambda s: s.edit(drop_solution)),
