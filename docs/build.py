@@ -160,7 +160,8 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(SRC, ignore_errors=True)
     copy_vendor(DOCS / "node_modules", SRC / "_static" / "vendor")
-    shutil.copy(DOCS / "skylar.css", SRC / "_static")
+    for name in ("skylar.css", "favicon.svg"):
+        shutil.copy(DOCS / name, SRC / "_static")
     shutil.copy(DOCS / "conf.py", SRC)
     write_sources(args.execute)
     html = SRC / "_build" / "html"
