@@ -18,11 +18,11 @@ APPEND = re.compile(r"^#\|\s*export[is]?[ \t]+(\S+)", re.M)
 
 def notebooks(nbs: Path) -> list[Path]:
     "Every notebook below `nbs` in reading order: chapters, library, then what lies beside them."
-    found = (p for p in nbs.rglob("*.ipynb") if not any(s[0] in "._" for s in names(p, nbs)))
+    found = (p for p in nbs.rglob("*.ipynb") if not any(s[0] in "._" for s in parts(p, nbs)))
     return sorted(found, key=lambda p: (p.parent == nbs, p.relative_to(nbs).as_posix()))
 
 
-def names(path: Path, nbs: Path) -> tuple[str, ...]:
+def parts(path: Path, nbs: Path) -> tuple[str, ...]:
     "Folders and file of a notebook, as seen from `nbs`."
     return path.relative_to(nbs).parts
 
@@ -63,7 +63,8 @@ def export(root: Path) -> None:
     with chdir(root):
         config = get_config()
         paths = notebooks(Path(config.nbs_path).resolve())
-        course = [(path.relative_to(config.nbs_path).as_posix(), code_cells(path)) for path in paths]
+        names = [path.relative_to(config.nbs_path).as_posix() for path in paths]
+        course = list(zip(names, map(code_cells, paths)))
         if lines := misplaced(course):
             raise ValueError("\n".join(lines))
         for path in paths:
