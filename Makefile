@@ -69,7 +69,7 @@ site: $(VENV)/.docs
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
-	for b in loader tokenize time_to_quality decode train_gpu "train_step --family qwen3" "train_step --family gpt2"; do \
+	for b in loader tokenize time_to_quality decode "train_step --family qwen3" "train_step --family gpt2"; do \
 	    $(BIN)/python bench/$${b%% *}.py $$(echo $$b | cut -s -d' ' -f2-) || exit 1; done
 	$(BIN)/python tools/readme_table.py
 

@@ -73,7 +73,7 @@ def decode_rows() -> list[list[str]]:
 
 def gpu_rows() -> list[list[str]]:
     "Training on a GPU: share of its matmul ceiling, packed and unpacked."
-    found = result("train_gpu")
+    found = result("gpu_train")
     if not found["rows"]:
         return [[f"{what} on a GPU", found["status"], "", "", ""] for what in (
             "`medium` (107M) training at 2,048 tokens, share of the matmul ceiling",
