@@ -37,7 +37,7 @@ def device_name(device: str) -> str:
 
 
 def measure(name: str, args: argparse.Namespace, rows: Iterator[dict], **notes) -> None:
-    """Write the JSON anew after each row: what a time limit cuts off does not take the rest along."""
+    """Write the JSON anew after each row: a time limit costs the last one only."""
     if args.device == "cuda" and not torch.cuda.is_available():
         write(name, [], args.out, status="not run: no GPU on the measuring machine")
         return print(f"{name}: no GPU here; try --dry")

@@ -69,17 +69,26 @@ def test_logits_are_those_of_the_cpu(pair, packed):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_loss_and_gradients_are_those_of_the_cpu(pair, packed, compiled):
-    here, there = pair
-    torch.compiler.reset()
+def assert_same_gradients(here, there, packed: bool, compiled: bool):
     batch = random_batch(V, B, 256 if packed else T, packed, "cpu")
     loss, gradients = loss_and_gradients(here, batch)
     found_loss, found = loss_and_gradients(there, on_device(batch), compiled)
     torch.testing.assert_close(found_loss, loss, atol=1e-4, rtol=1e-4)
     for a, b in zip(found, gradients):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["causal", "packed"])
+def test_loss_and_gradients_are_those_of_the_cpu(pair, packed):
+    assert_same_gradients(*pair, packed, compiled=False)
+
+
+@pytest.mark.parametrize(("family", "packed"), [("gpt2", False), ("qwen3", True)])
+def test_compiled_gradients_are_those_of_the_cpu(tiny_model, family, packed):
+    """Two cases only: compiling takes most of the time that there is."""
+    torch.compiler.reset()
+    here = tiny_model(family, vocab_size=V, max_seq_len=256)
+    assert_same_gradients(here, copy.deepcopy(here).to(DEVICE), packed, compiled=True)
 
 
 def test_bfloat16_autocast_is_near_float32(pair):

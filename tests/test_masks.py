@@ -171,6 +171,7 @@ def test_flex_forward(documents, rule):
         assert distance(got, case.oracle()) < 3e-6
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("documents", [None, "packed"])
