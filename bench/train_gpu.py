@@ -27,7 +27,7 @@ from skylar.models.decoder import count_parameters, flops_per_token
 from skylar.training.optim import AdamWConfig
 
 TARGET = 0.45  # of the ceiling, at 2,048 tokens, unpacked
-DEPTH_125M = 16  # `medium` has 12 layers and 107M parameters
+DEPTH_125M = 15  # `medium` has 12 layers and 107M parameters
 RUNS = [  # preset, overrides, sequence length, packed, tokens a step, what is compiled
     ("medium", dict(n_layers=DEPTH_125M), 2048, False, 16 * 2048, "blocks"),
     ("medium", dict(n_layers=DEPTH_125M), 2048, True, 16 * 2048, "blocks"),
