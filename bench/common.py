@@ -55,8 +55,8 @@ def commit() -> str:
     return head + ("+" if changed.strip() else "") if head else "unknown"
 
 
-def record(name: str, rows: list[dict], **notes) -> Path:
-    """Write `bench/results/NAME.json` (header, rows, notes), print the rows, return the path."""
+def write(name: str, rows: list[dict], folder: Path | str | None = None, **notes) -> Path:
+    """Write `NAME.json` (header, rows, notes) into bench/results or `folder`; returns the path."""
     result = {
         "name": name,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -66,10 +66,21 @@ def record(name: str, rows: list[dict], **notes) -> Path:
         "rows": rows,
         **notes,
     }
-    path = ROOT / "bench" / "results" / f"{name}.json"
+    path = Path(folder or ROOT / "bench" / "results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def show(row: dict) -> None:
+    """Print a row on one line."""
+    pairs = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
+    print("  ".join(pairs), flush=True)
+
+
+def record(name: str, rows: list[dict], **notes) -> Path:
+    """`write`, and print the rows."""
+    path = write(name, rows, **notes)
     for row in rows:
-        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                        for k, v in row.items()))
+        show(row)
     return path

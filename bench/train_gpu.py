@@ -1,109 +1,116 @@
 """Training on a GPU: share of the matmul ceiling that is reached, and what packing costs.
 
-The ceiling is this device's own bf16 product of two large matrices, measured here; model
-FLOPs are `flops_per_token`'s (6 N + 12 T D per layer, causal half not deducted). The packed
-rows train on windows of several documents (FlexAttention's block mask) and on windows of one.
+The ceiling is this device's own bf16 product of two large matrices, measured here, and the data
+sheet's where the device is known; model FLOPs are `flops_per_token`'s. Packed rows train on
+sequences of several documents (FlexAttention's block mask), the others on sequences of one.
 
-    python bench/train_gpu.py                        # on a machine with CUDA
-    python bench/train_gpu.py --device cpu --preset test --lengths 128 --dry   # tries it out
+    python bench/train_gpu.py          # on a machine with CUDA, about three minutes
+    python bench/train_gpu.py --dry    # tries it out on a CPU
 """
 
-import argparse
-import statistics
-import time
+from collections.abc import Iterator
 
 import torch
-from common import record
-from train_step import batch_of, documents_of
+from gpu_common import (
+    build_model,
+    matmul_flops,
+    mean_loss,
+    measure,
+    next_token_objective,
+    parse,
+    peak_flops,
+    random_batch,
+    seconds,
+)
 
-from skylar.models.decoder import CausalLM, flops_per_token
-from skylar.models.presets import get_config
-from skylar.training.loss import next_token_loss
+from skylar.models.decoder import count_parameters, flops_per_token
 from skylar.training.optim import AdamWConfig
 
-TOKENS = 16 * 2048  # in a step, whatever the length of its windows
-TARGET = 0.45  # of the ceiling
+TARGET = 0.45  # of the ceiling, at 2,048 tokens, unpacked
+DEPTH_125M = 15  # `medium` has 12 layers and 107M parameters
+RUNS = [  # preset, overrides, sequence length, packed, tokens a step, what is compiled
+    ("medium", dict(n_layers=DEPTH_125M), 2048, False, 16 * 2048, "blocks"),
+    ("medium", dict(n_layers=DEPTH_125M), 2048, True, 16 * 2048, "blocks"),
+    ("medium", dict(n_layers=DEPTH_125M), 8192, False, 4 * 8192, "blocks"),
+    ("medium", dict(n_layers=DEPTH_125M), 8192, True, 4 * 8192, "blocks"),
+    ("1b", {}, 2048, False, 4 * 2048, "blocks"),
+    ("medium", dict(n_layers=DEPTH_125M), 2048, False, 16 * 2048, "whole"),
+]
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done all that it was asked."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+def compiled_objective(model, what: str, device: str):
+    """Each block by itself, so that equal blocks share a graph, or all in one graph."""
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    if what == "blocks":
+        for block in model.model.layers:
+            block.compile(backend=backend)
+        return next_token_objective(model)
+    return torch.compile(next_token_objective(model), backend=backend)
 
 
-def seconds(work, device: str, rounds: int) -> float:
-    """Median of `rounds` timed calls, after three that are not."""
-    times = []
-    for _ in range(3 + rounds):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[3:])
-
-
-def ceiling(device: str, size: int) -> float:
-    """FLOP/s of a bf16 product of two (size, size) matrices."""
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    return 2 * size**3 / seconds(lambda: a @ b, device, 9)
-
-
-def training(preset: str, length: int, packed: bool, device: str, tokens: int):
-    """A compiled bf16 training step of `tokens` tokens in windows of `length`."""
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    model = CausalLM(get_config(preset, max_seq_len=length)).to(device).train()
+def training_step(model, batch: dict, what: str):
+    """A function that trains one step in bf16 autocast with float32 weights."""
     optimizer = AdamWConfig().build(model)
-    objective = torch.compile(next_token_loss)
-    size = max(1, tokens // length)
-    ids = torch.randint(model.config.vocab_size, (size, length), device=device)
-    documents = documents_of(size, length).to(device) if packed else None
-    batch = batch_of(ids, documents)
+    device = batch["input_ids"].device.type
+    objective = compiled_objective(model.train(), what, device)
 
     def step():
         with torch.autocast(device, torch.bfloat16):
-            loss_sum, n_valid, _ = objective(model, batch)
-        (loss_sum / n_valid).backward()
+            loss = mean_loss(objective(batch))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step, size * length, flops_per_token(model.config, length)
+    return step
 
 
-def measure(args, length: int, top: float) -> list[dict]:
-    """Unpacked and packed at one length."""
-    rows = []
-    for packed in (False, True):
-        step, tokens, flops = training(args.preset, length, packed, args.device, args.tokens)
-        took = seconds(step, args.device, args.rounds)
-        share = flops * tokens / took / top
-        rows.append({
-            "preset": args.preset, "length": length, "packed": packed,
-            "tokens_per_s": round(tokens / took), "share_of_ceiling": round(share, 3),
-            "target": TARGET if length == 2048 and not packed else None})
-    return rows
+def row(args, run: tuple, top: float, tokens: int) -> dict:
+    """Tokens per second of one setting, and the share of the ceiling that its FLOPs are."""
+    preset, overrides, seq_len, packed, _, what = run
+    if args.dry:
+        seq_len, tokens = 128, 256
+    torch.compiler.reset()
+    model = build_model(preset, args.dry, args.device, **overrides, max_seq_len=seq_len)
+    batch = random_batch(
+        model.model.embed_tokens.num_embeddings, tokens // seq_len, seq_len, packed, args.device)
+    took = seconds(training_step(model, batch, what), args.device, 2 if args.dry else 8)
+    rate = tokens / took
+    flops = rate * flops_per_token(model.config, seq_len)
+    peak = peak_flops(args.device)
+    return {
+        "preset": preset, "parameters_m": round(count_parameters(model.config) / 1e6, 1),
+        "length": seq_len, "packed": packed, "tokens_a_step": tokens, "compiled": what,
+        "tokens_per_s": round(rate), "share_of_ceiling": round(flops / top, 3),
+        "mfu": round(flops / peak, 3) if peak else None,
+        "target": TARGET if seq_len == 2048 and not packed else None,
+        "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        if args.device == "cuda" else None}
+
+
+def fitting_row(args, run: tuple, top: float) -> dict:
+    """The row, with fewer tokens a step where memory does not suffice."""
+    for tokens in (run[4], run[4] // 2, run[4] // 4):
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            return row(args, run, top, tokens)
+        except torch.OutOfMemoryError:
+            pass
+    return {"preset": run[0], "length": run[2], "packed": run[3], "error": "out of memory"}
+
+
+def rows(args, top: float) -> Iterator[dict]:
+    for run in RUNS:
+        yield fitting_row(args, run, top)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--preset", default="medium")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="in a step")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return record("train_gpu", [], status="not run: no GPU on the measuring machine")
-    size = 8192 if args.device == "cuda" else 1024
-    top = ceiling(args.device, size)
-    rows = [row for length in args.lengths for row in measure(args, length, top)]
-    if args.dry:
-        return print(f"ceiling {top / 1e12:.2f} TFLOP/s", *rows, sep="\n")
-    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    record("train_gpu", rows, status="run", device=name, ceiling_tflops=round(top / 1e12, 1),
-           dtype="bfloat16 autocast, fp32 weights, compiled")
+    args = parse(__doc__)
+    usable = args.dry or torch.cuda.is_available()
+    top = matmul_flops(args.device, 512 if args.dry else 8192) if usable else 0.0
+    measure("gpu_train", args, rows(args, top), ceiling_tflops=round(top / 1e12, 1),
+            dtype="bfloat16 autocast, fp32 weights, compiled, AdamW")
 
 
 if __name__ == "__main__":

@@ -150,10 +150,11 @@ def entry(name: str, thing, level: str = "##") -> Iterator[str]:
             yield from entry(f"{name}.{method_name}", method, "###")
 
 
-def page(module: ModuleType, lesson: str) -> str:
-    """The Markdown of a module's page; `lesson` is the notebook that it is written in."""
+def page(module: ModuleType, lessons: list[str]) -> str:
+    """The Markdown of a module's page; `lessons` are the notebooks that it is written in."""
     parts = [f"# {module.__name__}", inspect.getdoc(module) or ""]
-    parts.append(f"Written, proved and measured in [{Path(lesson).stem}](../{lesson}).")
+    links = ", ".join(f"[{Path(lesson).stem}](../{lesson})" for lesson in lessons)
+    parts.append(f"Written, proved and measured in {links}.")
     public = {name: getattr(module, name) for name in module.__all__}
     for name in filter(lambda name: explained(public[name]), public):
         parts += entry(name, public[name])
@@ -161,10 +162,10 @@ def page(module: ModuleType, lesson: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write_pages(lessons: dict[str, str], out: Path) -> list[str]:
-    """Write a page for each {module: lesson} into `out`; returns the pages' names."""
+def write_pages(lessons: dict[str, list[str]], out: Path) -> list[str]:
+    """Write a page for each {module: its notebooks} into `out`; returns the pages' names."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, lesson in lessons.items():
+    for name, notebooks in lessons.items():
         module = importlib.import_module(f"skylar.{name}")
-        (out / f"{name}.md").write_text(page(module, lesson), encoding="utf-8")
+        (out / f"{name}.md").write_text(page(module, notebooks), encoding="utf-8")
     return list(lessons)

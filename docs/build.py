@@ -22,10 +22,11 @@ from nbformat.v4 import new_markdown_cell
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 NBS, SRC = ROOT / "nbs", DOCS / "_src"
-sys.path[:0] = [str(DOCS), str(ROOT / "tools")]
+sys.path[:0] = [str(DOCS), str(ROOT / "tools"), str(ROOT / "tools" / "nbdev_commands")]
 
 import api  # noqa: E402
 import lessons  # noqa: E402
+from nbdev_commands import appended_modules, own_module  # noqa: E402
 
 VENDOR = {  # in node_modules -> in _static/vendor
     "mathjax/es5/tex-mml-chtml.js": "mathjax/tex-mml-chtml.js",
@@ -70,7 +71,7 @@ def module_links(text: str, depth: int) -> str:
     """`skylar/layers/attention.py` leads to the page of that module."""
 
     def replace(match: re.Match) -> str:
-        page = match[1].replace("/", ".")
+        page = match[1].replace("/", ".").removesuffix(".__init__")
         known = (ROOT / "skylar" / f"{match[1]}.py").exists()
         return f"[{match[0]}]({'../' * depth}api/{page}.md)" if known else match[0]
 
@@ -108,14 +109,15 @@ def toctree(caption: str, pages: list[str]) -> NotebookNode:
 
 
 def chapter_title(folder: str) -> str:
+    """`00 transformer` for 00_transformer, `Library` for library."""
     number, _, name = folder.partition("_")
-    return f"{number} {name.replace('_', ' ')}"
+    return f"{number} {name.replace('_', ' ')}" if number.isdigit() else folder.capitalize()
 
 
 def menu_entry(page: str, nb: NotebookNode) -> str:
     """`03 Attention <00_transformer/03_attention>`: a lesson's number and its title."""
     title = re.match(r"# (?:\d+\W+)?(.*)", nb.cells[0].source)[1]
-    number = Path(page).name[:2] if "/" in page else ""
+    number = re.match(r"\d*", Path(page).name)[0]
     return f"{number} {title} <{page}>".strip()
 
 
@@ -131,20 +133,16 @@ def navigation(notebooks: dict[str, NotebookNode], modules: list[str]) -> list[N
     return [*trees, toctree("Modules", [f"api/{name}" for name in modules])]
 
 
-def exported_module(nb: NotebookNode) -> str | None:
-    found = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(c.source for c in nb.cells), re.M)
-    return found[1] if found else None
-
-
 def write_sources(execute: bool) -> None:
     """Everything Sphinx reads, into docs/_src."""
-    modules: dict[str, str] = {}
+    modules: dict[str, list[str]] = {}  # module -> its notebook, then those that add to it
     notebooks: dict[str, NotebookNode] = {}
     for path in lessons.lessons():
         nb = lessons.tidy(lessons.execute(path)) if execute else nbformat.read(path, as_version=4)
         name = path.relative_to(NBS).as_posix()
-        if module := exported_module(nb):
-            modules[module] = name
+        sources = [cell.source for cell in nb.cells if cell.cell_type == "code"]
+        for module in filter(None, [own_module(sources), *appended_modules(sources)]):
+            modules.setdefault(module.removesuffix(".__init__"), []).append(name)
         notebooks[name.removesuffix(".ipynb")] = for_the_web(nb, path)
     modules = dict(sorted(modules.items()))
     api.write_pages(modules, SRC / "api")
@@ -162,7 +160,8 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(SRC, ignore_errors=True)
     copy_vendor(DOCS / "node_modules", SRC / "_static" / "vendor")
-    shutil.copy(DOCS / "skylar.css", SRC / "_static")
+    for name in ("skylar.css", "favicon.svg"):
+        shutil.copy(DOCS / name, SRC / "_static")
     shutil.copy(DOCS / "conf.py", SRC)
     write_sources(args.execute)
     html = SRC / "_build" / "html"

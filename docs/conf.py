@@ -22,6 +22,7 @@ copybutton_selector = "div.highlight pre"
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["skylar.css"]
+html_favicon = "_static/favicon.svg"  # a causal mask
 html_show_sphinx = False
 html_copy_source = False
 pygments_style = "default"

@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -80,13 +81,27 @@ def test_lessons_fit_into_their_chapter(ini):
     assert lessons.getint("lesson_seconds") <= lessons.getint("cell_timeout")
 
 
-def test_old_command_names_work(pyproject):
-    scripts = pyproject["project"]["scripts"]
-    assert {"nbdev_export", "nbdev_test", "nbdev_clean", "nbdev_update"} <= scripts.keys()
+def test_old_command_names_work_in_the_tree_and_come_with_no_wheel(pyproject):
+    commands = tomllib.loads((ROOT / "tools/nbdev_commands/pyproject.toml").read_text())
+    scripts = commands["project"]["scripts"]
+    assert scripts.keys() == {"nbdev_export", "nbdev_test", "nbdev_clean", "nbdev_update"}
+    assert pyproject["project"]["scripts"].keys() == {"skylar"}
+    assert "./tools/nbdev_commands" in (ROOT / "Makefile").read_text()
 
 
-def test_torch_is_pinned(pinned):
-    assert pinned["torch"] == "2.13.0"
+@pytest.mark.parametrize("extra", ["", "transformers"])
+def test_the_library_asks_for_nothing_of_jupyter(pyproject, extra):
+    project = pyproject["project"]
+    asked = project["dependencies"] + project["optional-dependencies"].get(extra, [])
+    assert not [line for line in asked if re.search("jupyter|ipy|nbdev|skylar", line)]
+
+
+def test_every_pin_is_in_the_range_that_is_promised(pyproject, pinned):
+    requirements = pytest.importorskip("packaging.requirements")
+    project = pyproject["project"]
+    for line in [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]:
+        asked = requirements.Requirement(line)
+        assert asked.name == "skylar" or asked.specifier.contains(pinned[normal(asked.name)]), line
 
 
 def test_every_requirement_is_pinned(pyproject, pinned):
@@ -113,3 +128,11 @@ def test_loose_pins_are_noticed(line):
 def test_pins_are_read():
     text = "# a comment\nnumpy==2.0.0  # why\n\nPyYAML==6.0; python_version > '3'\n"
     assert pins(text) == {"numpy": "2.0.0", "pyyaml": "6.0"}
+
+
+def test_every_test_listed_as_slow_exists():
+    """A renamed test must not slip back into `make quick` unnoticed."""
+    slow = runpy.run_path(ROOT / "tests" / "conftest.py")["SLOW"]
+    for file, names in slow.items():
+        text = (ROOT / "tests" / f"{file}.py").read_text()
+        assert not [name for name in names if f"def {name}(" not in text], file

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+EXPORT = ROOT / "tools" / "nbdev_commands" / "nbdev_commands.py"
 
 
 def exported(root: Path) -> dict[str, str]:
@@ -28,15 +29,19 @@ def export_copy(root: Path, copy: Path) -> dict[str, str]:
         shutil.copy(root / name, copy)
     (copy / "skylar").mkdir()
     shutil.copy(root / "skylar/__init__.py", copy / "skylar")
-    export = "from nbdev.doclinks import nbdev_export; nbdev_export()"
-    subprocess.run([sys.executable, "-c", export], cwd=copy, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, EXPORT], cwd=copy, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip())
     return exported(copy)
 
 
 def differences(root: Path) -> list[str]:
-    "One line for each module that is stale, missing or edited by hand."
+    "One line for each module that is stale, missing or edited by hand, or cannot be exported."
     with tempfile.TemporaryDirectory() as temporary:
-        fresh, present = export_copy(root, Path(temporary)), exported(root)
+        try:
+            fresh, present = export_copy(root, Path(temporary)), exported(root)
+        except ValueError as error:
+            return str(error).splitlines()
     lines = []
     for name in sorted(fresh.keys() | present.keys()):
         if name not in present:
@@ -53,7 +58,7 @@ def main() -> int:
     for line in lines:
         print(line)
     if lines:
-        print("run `nbdev_export` (or `nbdev_update --fname FILE` to keep an edit made in a .py)")
+        print("run `make export` (or `nbdev_update --fname FILE` to keep an edit made in a .py)")
         return 1
     print("export: the package is what the lessons say")
     return 0

@@ -4,7 +4,7 @@
     python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json,
                                              # where lessons not named keep their seconds
 
-Both honour nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
+Both obey nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
 without a kernel a stored view is an error message, and the static picture beside it stays.
 """
 
@@ -25,6 +25,10 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
+
+from nbdev_commands import notebooks  # noqa: E402
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -37,8 +41,7 @@ def settings() -> configparser.SectionProxy:
 
 def lessons() -> list[Path]:
     "Every notebook of the course, in reading order."
-    found = (p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-    return sorted(found, key=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+    return notebooks(ROOT / "nbs")
 
 
 class LessonClient(NotebookClient):
@@ -80,7 +83,7 @@ def execute(path: Path):
 
 
 def smaller(png: str) -> str:
-    "A plot with 256 colours instead of 16 million: looks the same, a third of the bytes."
+    "A plot with 256 colors instead of 16 million: looks the same, a third of the bytes."
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     out = io.BytesIO()
     image.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)

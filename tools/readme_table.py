@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
+
+from nbdev_commands import notebooks  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 
 
@@ -38,13 +42,14 @@ def lessons() -> str:
     "The map: lesson, what it builds, seconds, module."
     seconds = {row["lesson"]: row["seconds"] for row in result("lessons")["rows"]}
     rows = []
-    chapters = sorted((ROOT / "nbs").glob("[0-9]*/[0-9]*.ipynb"))
-    tools = [ROOT / f"nbs/{name}.ipynb" for name in ("cli", "flags", "runs", "viz")]
-    for path in chapters + tools:
+    for path in notebooks(ROOT / "nbs"):
         name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
+        if "Exports" not in box:  # the map itself
+            continue
         link = f"[{path.stem.replace('_', ' ')}]({name})"
-        module = re.search("`skylar/.+?`", box["Exports"])[0]
-        rows.append([link, box["title"], f"{seconds[name]:.0f} s", module])
+        modules = ", ".join(re.findall("`skylar/.+?`", box["Exports"]))
+        took = f"{seconds[name]:.0f} s" if name in seconds else "not measured"
+        rows.append([link, box["title"], took, modules])
     header = ["lesson", "what it is about", "runs in", "becomes"]
     return table(header, rows) + f"\n\nAll together: {sum(seconds.values()) / 60:.1f} minutes."
 
@@ -73,7 +78,7 @@ def decode_rows() -> list[list[str]]:
 
 def gpu_rows() -> list[list[str]]:
     "Training on a GPU: share of its matmul ceiling, packed and unpacked."
-    found = result("train_gpu")
+    found = result("gpu_train")
     if not found["rows"]:
         return [[f"{what} on a GPU", found["status"], "", "", ""] for what in (
             "`medium` (107M) training at 2,048 tokens, share of the matmul ceiling",

@@ -1,0 +1,99 @@
+"""What tests share: which of them are slow, and small models made once.
+
+`make quick` leaves out what is marked slow. The slow ones are listed here, in one place, because
+what is slow is a matter of measurement (`pytest --durations=30`), not of a test's meaning.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SLOW = {  # file -> its tests that take seconds: processes, compilers, a model of 135M parameters
+    "test_docs": {
+        "test_every_notebook_and_every_module_has_a_page",
+        "test_pages_of_the_site",
+    },
+    "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
+    "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
+    "test_hub": {"test_loading_needs_memory_for_the_model_once"},
+    "test_hub_parity": {
+        "test_smollm2_equals_transformers",
+        "test_smollm2_the_rows_that_llama_cpp_permuted",
+        "test_the_test_preset_opens_where_skylar_is_not_installed",
+    },
+    "test_readme": {"test_shell_block_runs_as_typed", "test_python_block_runs_as_typed"},
+    "test_resume": {
+        "test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint",
+        "test_sigkill_then_resume_is_bit_for_bit",
+        "test_sigterm_saves_the_finished_step_then_resume_is_bit_for_bit",
+    },
+    "test_trainer": {"test_compiled_objective_gives_the_same_weights"},
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        file = getattr(item, "path", None)
+        name = getattr(item, "originalname", item.name)
+        if file is not None and name in SLOW.get(file.stem, ()):
+            item.add_marker("slow")
+
+
+FAMILIES = ("gpt2", "llama3", "qwen3")
+TINY = dict(vocab_size=97, d_model=32, n_heads=4, n_kv_heads=2, n_layers=2, d_ff=64, max_seq_len=64)
+
+
+@pytest.fixture(scope="session")
+def _models() -> dict:
+    return {}
+
+
+@pytest.fixture
+def tiny_model(_models):
+    """`tiny_model("qwen3", n_layers=3)`: seeded, small, and the test's own copy."""
+
+    def make(family: str = "qwen3", **overrides):
+        key = family, tuple(sorted(overrides.items()))
+        if key not in _models:
+            _models[key] = build_tiny(family, **overrides)
+        return copy.deepcopy(_models[key])
+
+    return make
+
+
+def build_tiny(family: str, **overrides):
+    import torch
+
+    from skylar.models.decoder import CausalLM
+    from skylar.models.presets import get_config
+
+    heads = dict(n_kv_heads=TINY["n_heads"]) if family == "gpt2" else {}
+    config = get_config("test", family=family, **(TINY | heads | overrides))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return CausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The website, built once for all workers of a run, every warning an error."""
+    pytest.importorskip("myst_nb", reason="needs Sphinx: pip install -e '.[docs]'")
+    filelock = pytest.importorskip("filelock")
+    if not (ROOT / "docs" / "node_modules" / "mermaid").exists():
+        pytest.skip("needs MathJax and mermaid: npm install --prefix docs")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "site"
+    with filelock.FileLock(shared / "site.lock"):
+        if not out.exists():
+            command = [sys.executable, ROOT / "docs" / "build.py", "--out", out]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    return out

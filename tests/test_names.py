@@ -1,0 +1,239 @@
+"""Names are the field's: words that were retired stay out of the code.
+
+Identifiers, comments, docstrings, help and error texts of the package, the benchmarks and the tools
+are read token by token. A finding says file:line and what to write instead.
+"""
+
+import io
+import re
+import token
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SEARCHED = ("skylar/**/*.py", "bench/**/*.py", "tools/**/*.py", "docs/*.py", "*.py")
+
+# Files that still hold retired words. This list may only become shorter: a file that is clean must
+# be taken off it (`test_exempt_files_still_need_it`), and nothing may be added.
+EXEMPT = {
+    "bench/decode.py",
+    "bench/loader.py",
+    "skylar/cli.py",
+    "skylar/data/chat.py",
+    "skylar/data/shards.py",
+    "skylar/data/sources.py",
+    "skylar/data/tokenizer.py",
+    "skylar/inference/generate.py",
+    "skylar/inference/packing.py",
+    "skylar/inference/sampling.py",
+    "skylar/layers/attention.py",
+    "skylar/layers/block.py",
+    "skylar/layers/cache.py",
+    "skylar/layers/ffn.py",
+    "skylar/layers/gqa.py",
+    "skylar/layers/masks.py",
+    "skylar/layers/positions.py",
+    "skylar/layers/rope.py",
+    "skylar/models/auto.py",
+    "skylar/models/decoder.py",
+    "skylar/models/hub.py",
+    "skylar/models/layouts.py",
+    "skylar/models/presets.py",
+    "skylar/training/checkpoint.py",
+    "skylar/training/run.py",
+    "skylar/training/trainer.py",
+    "skylar/viz.py",
+}
+
+MODULES = {  # file names that say where code used to be
+    "skylar/inference/packing.py": "skylar/inference/cpu_fused.py",
+    "skylar/layers/ffn.py": "skylar/layers/mlp.py",
+    "skylar/layers/masks.py": "skylar/layers/attention_backends.py",
+    "skylar/models/layouts.py": "skylar/models/families/",
+}
+
+IDENTIFIERS = {  # whole identifiers, upper and lower case as written
+    "Tokens": "Positions",
+    "_lone_row": "_bf16_single_query",
+    "_Scalar": "(gone)",
+    "Window": "SlidingWindow",
+    "seat|seats|seated|_take_seats": "slot, slot_info, _write_slots",
+    "NOBODY": "EMPTY_SLOT",
+    "make_room|FIRST_ROOM": "grow, INITIAL_CAPACITY",
+    "_last_to_come|_go_back|_moved": "_last_writer, _crop_slots, _reorder",
+    "RingCache": "SlidingWindowCache",
+    "GrowingCache": "DynamicLayerCache",
+    "GluedCache": "ConcatCache",
+    "LentCache|_LentLayer": "TransformersCacheAdapter",
+    "Places": "PositionStore",
+    "check_fit": "validate_kv",
+    "plain_frequencies|_radii": "inv_freq",
+    "_Stretch": "RoPEScaling",
+    "look_up": "embed_positions",
+    "Stored|stored_tensors": "TensorMapping, weight_map",
+    "hugging_face_type": "hf_model_type",
+    "end_ids": "eos_token_ids",
+    "_appearing": "atomic_directory",
+    "_inside": "safe_join",
+    "_unpacked": "bundled_model",
+    "PackagePlace|HubPlace|FilePlace": "PyPISource, HubSource, FileSource",
+    "Packed(?!Loader|Dataset|Sequence)\\w+": "Fused...",
+    "turned_product": "transposed_linear",
+    "likeliest": "argmax",
+    "penalise_repetition": "apply_repetition_penalty",
+    "keep_top_k|keep_top_p": "top_k_filter, top_p_filter",
+    "Stepper": "TrainStep",
+    "Meter": "MetricsLogger",
+    "Reporter": "ProgressReporter",
+    "RunOnDisk": "CheckpointManager",
+    "endless": "cycle",
+    "max_skips": "max_nonfinite_steps",
+    "plain_errors": "unwrap_dcp_errors",
+    "eval_run": "evaluate_run",
+    "_Guard": "ControlTokenGuard",
+    "crack": "escape",
+    "forgeable": "reserved_ids",
+}
+
+IN_MODELS = {  # identifiers too common to be retired everywhere: in layers, models and inference
+    "additive": "to_additive_mask",
+    "attend": "scaled_dot_product_attention",
+    "choose": "select_backend",
+    "doubled|room": "grow, capacity",
+    "interleave": "to_interleaved",
+    "magnitude": "attention_factor",
+    "packed": "fuse_for_cpu; for packed sequences: packed_...",
+    "_pieces": "_iter_tiles",
+    "rule": "mask_mod",
+    "sinks": "num_sink_tokens",
+    "visible": "mask construction",
+}
+
+WORDS = {  # whole words in texts, and between the underscores of identifiers; any case
+    r"twins?": "fused model",
+    r"coats?": "wrapper, adapter",
+    r"crates?": "KV heads",
+    r"kitchens?": "model families",
+    r"yardsticks?": "metric",
+    r"oracles?": "reference implementation",
+    r"leash": "bound",
+    r"seats?|seated": "slot",
+    r"glued?": "merge, concatenate",
+    r"standing still": "static version",
+    r"raw scores": "logits",
+    r"the world": "other tools",
+    r"likeliest": "most likely, argmax",
+}
+
+BRITISH = [  # stems; any case
+    r"(?:"
+    r"capital|categor|character|custom|equal|final|formal|general|global|harmon|initial|local|"
+    r"material|maxim|minim|modern|modular|normal|optim|organ|parallel|parametr|parenthes|penal|"
+    r"priorit|quant|random|real|recogn|regular|serial|special|stabil|standard|summar|synchron|"
+    r"token|util|vector|visual"
+    r")is(?:e[sdr]?|ing|ations?|ers)\b",
+    r"analys(?:e|ed|ing)\b",
+    r"(?:colour|behaviour|favour|flavour|honour|neighbour|rigour|vigour)\w*",
+    r"(?:centre|metre|theatre)[sd]?\b",
+    r"(?:model|label|cancel|travel|signal|channel|marshal)l(?:ed|ing|er)\b",
+    r"(?:learnt|spelt|whilst|amongst|artefacts?|judgement|catalogue|licence|defence|grey)\b",
+    r"fulfil\b",
+]
+
+NAMES = [(re.compile(rf"(?:{old})\Z"), new) for old, new in IDENTIFIERS.items()]
+MODEL_NAMES = [(re.compile(rf"(?:{old})\Z"), new) for old, new in IN_MODELS.items()]
+TEXTS = [
+    *((re.compile(rf"\b(?:{old})\b", re.I), new) for old, new in WORDS.items()),
+    *((re.compile(rf"\b(?:un|re|pre|de)?-?{old}", re.I), "American spelling") for old in BRITISH),
+]
+TEXT_TOKENS = {token.STRING, tokenize.COMMENT} | {
+    getattr(token, name) for name in ("FSTRING_MIDDLE",) if hasattr(token, name)
+}
+
+
+def spoken(identifier: str) -> str:
+    """An identifier as words: `_LentLayer` and `_lent_layer` are both "lent layer"."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", identifier).strip()
+
+
+def retired(source: str, models: bool = True) -> Iterator[tuple[int, str, str]]:
+    """(line, what is written there, what to write instead) for each retired word."""
+    names = NAMES + MODEL_NAMES * models
+    for kind, string, (line, _), *_ in tokenize.generate_tokens(io.StringIO(source).readline):
+        if kind == token.NAME:
+            yield from ((line, string, new) for old, new in names if old.match(string))
+            text = spoken(string)
+        elif kind in TEXT_TOKENS:
+            text = string
+        else:
+            continue
+        for old, new in TEXTS:
+            for found in old.finditer(text):
+                yield line + text[: found.start()].count("\n"), found[0], new
+
+
+@cache
+def findings(name: str) -> list[str]:
+    """`file:line: word -> better word` for a file of the tree."""
+    moved = [f"{name}:1: the file's name -> {MODULES[name]}"] if name in MODULES else []
+    models = bool(re.match("skylar/(layers|models|inference)/", name))
+    found = sorted(set(retired((ROOT / name).read_text(encoding="utf-8"), models)))
+    return moved + [f"{name}:{line}: {old!r} -> {new}" for line, old, new in found]
+
+
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in SEARCHED
+    for path in ROOT.glob(pattern)
+    if path.name != "_modidx.py" and path.name != Path(__file__).name
+)
+
+
+def test_something_is_searched():
+    assert {"skylar/layers/attention.py", "bench/common.py", "tools/lessons.py"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in EXEMPT])
+def test_no_retired_words(name):
+    assert not findings(name), "\n".join(findings(name))
+
+
+@pytest.mark.parametrize("name", sorted(EXEMPT))
+def test_exempt_files_still_need_it(name):
+    assert name in FILES and findings(name), f"{name} is clean or gone: take it off EXEMPT"
+
+
+@pytest.mark.parametrize(
+    ("source", "line", "word"),
+    [
+        ("x = cache.seated", 1, "seated"),
+        ("def f():\n    '''One.\n\n    The oracle.\n    '''", 4, "oracle"),
+        ("# a twin of the model", 1, "twin"),
+        ("raise ValueError(f'{x} is not a colour')", 1, "colour"),
+        ("def initialise(): ...", 1, "initialise"),
+        ("denormalised = 1", 1, "denormalised"),
+        ("class RingCache: ...", 1, "RingCache"),
+        ("PackedLinear = 1", 1, "PackedLinear"),
+        ("NOBODY = -1", 1, "NOBODY"),
+    ],
+)
+def test_retired_words_are_noticed(source, line, word):
+    assert (line, word) in {(found, old) for found, old, _ in retired(source)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from itertools import accumulate",
+        "loader = PackedLoader(packed_sequences=True)",
+        "'''Raises, promises, comprises; size, seize, precise; otherwise a coating of labels.'''",
+        "slots, capacity = num_sink_tokens, mask_mod",
+        "# the optimizer normalizes colors and analyzes behavior in the center",
+    ],
+)
+def test_good_names_pass(source):
+    assert not list(retired(source))
