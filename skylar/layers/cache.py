@@ -196,6 +196,7 @@ class LayerCaches:
     "A cache for each block of a decoder."
 
     def __init__(self, config, batch_size, capacity=None, dtype=None, device=None):
+        config = config.decoder() if hasattr(config, "decoder") else config
         for name, size in (("batch_size", batch_size), ("capacity", capacity)):
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size}: give a whole number of at least 1")
