@@ -7,6 +7,7 @@ __all__ = ['MANIFEST', 'save_pretrained', 'bundled_model', 'from_pretrained', 'c
            'push_to_hub']
 
 # %% ../../nbs/01_gqa_rope/07_weights.ipynb #c003
+import hashlib
 import json
 import math
 import re
@@ -26,7 +27,7 @@ from ..data.chat import PretrainedTokenizer, with_chat
 from ..data.sources import MODELS, fetch_model
 from ..data.tokenizer import BPETokenizer
 from .decoder import CausalLM
-from .presets import config_from_hf, config_to_dict, config_to_hf
+from .presets import config_from_hf, config_to_dict, config_to_hf, needs_skylar
 from .weight_map import TensorMapping, same_names
 from ..utils.files import atomic_directory, check_empty, read_json, safe_join
 from ..utils.files import sha256_file, write_manifest
@@ -48,8 +49,17 @@ def _shards(
 
 
 def _weight_map(config: Any) -> list[TensorMapping]:
-    "That of the family; a DecoderConfig's tensors have the names of its parameters."
-    return config.weight_map() if hasattr(config, "weight_map") else same_names(config)
+    "That of the family; what only Skylar opens has the names of its parameters."
+    return same_names(config) if needs_skylar(config) else config.weight_map()
+
+
+def _checksum(tensors: dict[str, Tensor], found=None):
+    "SHA-256 of names, dtypes, shapes and numbers, in this order; `found` goes on."
+    found = found or hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())
+    return found
 
 
 def _save_weights(model: CausalLM, folder: Path, limit: int) -> None:
@@ -60,7 +70,8 @@ def _save_weights(model: CausalLM, folder: Path, limit: int) -> None:
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         file = "model.safetensors" if len(shards) == 1 else file
         tensors = {item.name: item.join(ours).cpu() for item in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        metadata = {"format": "pt", "sha256": _checksum(tensors).hexdigest()}
+        save_file(tensors, folder / file, metadata=metadata)
         files |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         sizes = {"total_size": sum(tensor.nbytes for tensor in ours.values()),
@@ -111,14 +122,14 @@ def save_pretrained(
     if tokenizer is not None:  # <eos> ends a text; an answer ends with <|im_end|>
         ids["eos_token_id"] = list(tokenizer.end_ids) or None
     with atomic_directory(folder) as part:
-        _save_weights(model, part, max_shard_size)
         _write_json(part / "generation_config.json", ids)
         _write_json(part / "config.json", config)
         if tokenizer is not None:
             tokenizer.save(part)
+        write_manifest(part, MANIFEST)
+        _save_weights(model, part, max_shard_size)  # which carry their own checksum
         for file in part.glob("*.safetensors"):  # else only their owner may read them
             shutil.copymode(part / "config.json", file)
-        write_manifest(part, MANIFEST)
     return folder
 
 # %% ../../nbs/01_gqa_rope/07_weights.ipynb #c022
@@ -180,8 +191,8 @@ def _opened(file: Path):
 
 def _contents(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, tuple]:
     "{name: (file, shape, dtype)} of every tensor, from the headers alone."
-    files, found = _files(folder), {}
-    for file in files:
+    found = {}
+    for file in _files(folder):
         with _opened(file) as tensors:
             for name in tensors.keys():
                 if name.endswith(ignored):  # masks and tables of older versions: no weights
@@ -191,7 +202,6 @@ def _contents(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, tuple]:
                     raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; "
                                      "give a checkpoint in float32, bfloat16 or float16")
                 found[name] = file, tuple(part.get_shape()), _DTYPES[part.get_dtype()]
-    _verify(folder, ["model.safetensors.index.json", *(file.name for file in files)])
     return found
 
 # %% ../../nbs/01_gqa_rope/07_weights.ipynb #c027
@@ -281,10 +291,18 @@ def _load_weights(model: CausalLM, found: dict, folder: Path, dtype, device) -> 
     names = _match(found, weight_map, dict(model.named_parameters()), folder)
     _check_tied(found, names, folder)
     _allocate(model, dtype or found[names[weight_map[0]]][2], device)
-    ours = dict(model.named_parameters())
+    ours, sums = dict(model.named_parameters()), {}
     for item, name in names.items():
-        with _opened(found[name][0]) as tensors:  # a map for each: see above
-            item.load(tensors.get_tensor(name), ours)
+        file = found[name][0]
+        with _opened(file) as tensors:  # a map for each: see above
+            tensor = tensors.get_tensor(name)
+            wanted = (tensors.metadata() or {}).get("sha256")
+        if wanted:
+            sums[file, wanted] = _checksum({name: tensor}, sums.get((file, wanted)))
+        item.load(tensor, ours)
+    for (file, wanted), found_sum in sums.items():
+        if found_sum.hexdigest() != wanted:
+            raise ValueError(f"{file} is damaged: its weights have changed since it was saved")
 
 # %% ../../nbs/01_gqa_rope/07_weights.ipynb #c040
 _MODEL_FILES = ["*.json", "model*.safetensors", "*.jinja"]

@@ -172,6 +172,12 @@ def config_to_hf(
     }
 
 # %% ../../nbs/01_gqa_rope/07_layouts.ipynb #c034
+def _whole_model(config: Any) -> Any:
+    if not isinstance(config, (DecoderConfig, *FAMILIES)):  # a part of one
+        raise ValueError(f"type={type(config).__name__!r} describes no model")
+    return config
+
+
 def config_from_hf(
     hf: dict[str, Any],  # what config.json holds
 ) -> Any:  # a family's config, or a DecoderConfig
@@ -186,7 +192,7 @@ def config_from_hf(
                          "give a checkpoint in float32, bfloat16 or float16")
     try:
         if model_type == SkylarConfig.hf_model_type:
-            return config_from_dict(hf.get("model"))
+            return _whole_model(config_from_dict(hf.get("model")))
         return families[model_type].from_hf(hf)
     except (TypeError, AttributeError, OverflowError) as error:  # a list where a number belongs
         raise ValueError(f"a value is of the wrong kind: {error}") from None

@@ -48,20 +48,22 @@ def check_fields(
 ) -> None:
     """`ValueError` naming the first field of a wrong type or out of its range.
 
-    Whole numbers must be at least 1, other numbers positive, dropouts in [0, 1).
+    Whole numbers must be at least 1, other numbers positive, dropouts in [0, 1). A whole
+    number becomes a float where one is wanted, and a dictionary is copied.
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         check_type(name, value, field.type)
+        if isinstance(value, dict):
+            object.__setattr__(config, name, dict(value))
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if name.endswith("dropout"):
-            check_probability(**{name: value})
-        elif float in (field.type, *get_args(field.type)):
-            check_positive(**{name: value})
-            object.__setattr__(config, name, float(value))  # 10000 and 10000.0 are one config
-        else:
+        if not is_instance(0.0, field.type):
             check_int(0 if name in may_be_zero else 1, **{name: value})
+            continue
+        check = check_probability if name.endswith("dropout") else check_positive
+        check(**{name: value})
+        object.__setattr__(config, name, float(value))  # 10000 and 10000.0 are one config
 
 # %% ../../../nbs/library/family_common.ipynb #7f430f7f
 def head_width(config: Any) -> int:
