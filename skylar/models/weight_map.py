@@ -8,7 +8,6 @@ __all__ = ['TensorMapping', 'parameter_names', 'same_names', 'check_weight_map']
 # %% ../../nbs/01_gqa_rope/07_layouts.ipynb #c003
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -82,12 +81,11 @@ def check_weight_map(
     weight_map: Iterable[TensorMapping], parameters: dict[str, Tensor]
 ) -> None:
     "`ValueError` unless every number of every parameter comes from exactly one tensor."
-    covered = dict.fromkeys(parameters, 0)
+    times = {name: torch.zeros(t.shape, dtype=torch.uint8) for name, t in parameters.items()}
     for mapping in weight_map:
-        for name, view in zip(mapping.parameters, mapping.views(parameters)):
-            covered[name] += prod(view.shape)
-    for name, tensor in parameters.items():
-        if covered[name] != tensor.numel():
-            raise ValueError(
-                f"the weight map gives {covered[name]} numbers for {name}, "
-                f"which has {tensor.numel()}")
+        for view in mapping.views(times):
+            view += 1
+    for name, count in times.items():
+        if not (count == 1).all():
+            raise ValueError(f"the weight map gives numbers of {name} {int(count.min())} to "
+                             f"{int(count.max())} times; each must come once")
