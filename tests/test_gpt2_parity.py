@@ -26,8 +26,8 @@ def random_args(seed: int) -> dict:
         n_layers=rng.randint(1, 5),
         d_ff=rng.choice([None, 1, 7, 3 * d_model]),
         max_seq_len=rng.randint(1, 40),
-        norm_eps=rng.choice([1e-5, 1e-3, 9.999999747e-06]),
         tie_embeddings=rng.random() < 0.5,
+        norm_eps=rng.choice([1e-5, 1e-3, 9.999999747e-06]),
     )
 
 
