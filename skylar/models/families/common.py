@@ -49,13 +49,13 @@ def check_fields(
     """`ValueError` naming the first field of a wrong type or out of its range.
 
     Whole numbers must be at least 1, other numbers positive, dropouts in [0, 1). A whole
-    number becomes a float where one is wanted, and a dictionary is copied.
+    number becomes a float where one is wanted; `rope_scaling` gets all its fields.
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         check_type(name, value, field.type)
-        if isinstance(value, dict):
-            object.__setattr__(config, name, dict(value))
+        if isinstance(value, dict):  # a scaling, with every field written out
+            object.__setattr__(config, name, write_scaling(read_scaling(value)))
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if not is_instance(0.0, field.type):
