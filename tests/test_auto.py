@@ -1,32 +1,40 @@
 """A Skylar model behind transformers' interface: its generation, with transformers' own caches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from skylar.inference.generate import generate
-from skylar.models.auto import SkylarConfig, SkylarForCausalLM
+from skylar.models.auto import SkylarForCausalLM, SkylarPretrainedConfig
 from skylar.models.decoder import CausalLM
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.qwen3 import Qwen3Config
+from skylar.models.families.skylar import SkylarConfig
+from skylar.models.hub import from_pretrained
+from skylar.models.presets import config_to_dict
 
-KINDS = {
-    "windows, sinks": dict(family="skylar", args=dict(window=5, sinks=2, full_every=2)),
-    "one KV head": dict(family="qwen3", args=dict(n_kv_heads=1)),
-    "learned positions": dict(family="gpt2", args={}),
-}
 SIZES = dict(vocab_size=60, d_model=32, n_heads=4, n_layers=3, d_ff=48, max_seq_len=64,
              init_std=0.3)
+HEADS = dict(d_head=8, n_kv_heads=2)
+KINDS = {
+    "windows, sinks": SkylarConfig(
+        **SIZES, **HEADS, window=5, num_sink_tokens=2, full_every=2),
+    "one KV head": Qwen3Config(**SIZES, **HEADS | {"n_kv_heads": 1}),
+    "learned positions": GPT2Config(**SIZES),
+}
 
 
-def coat(kind: str) -> SkylarForCausalLM:
-    family, args = KINDS[kind]["family"], KINDS[kind]["args"]
+def wrapped(kind: str) -> SkylarForCausalLM:
     torch.manual_seed(1)
-    args = SIZES | ({} if family == "gpt2" else {"d_head": 8, "n_kv_heads": 2}) | args
-    return SkylarForCausalLM(SkylarConfig(family=family, args=args)).eval()
+    config = SkylarPretrainedConfig(config_to_dict(KINDS[kind]))
+    return SkylarForCausalLM(config).eval()
 
 
 def inner(model: SkylarForCausalLM) -> CausalLM:
-    lm = CausalLM(model.config.decoder_config()).eval()
+    lm = CausalLM(model.config.own_config()).eval()
     lm.load_state_dict(model.state_dict())
     return lm
 
@@ -42,7 +50,7 @@ def batch(padded: bool = True) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_generation_with_their_cache_is_ours(kind, padded):
-    model, given = coat(kind), batch(padded)
+    model, given = wrapped(kind), batch(padded)
     options = dict(**given, max_new_tokens=30, do_sample=False, pad_token_id=0)
     want = generate(inner(model), given["input_ids"], 30, temperature=0,
                     attention_mask=given["attention_mask"])
@@ -61,7 +69,7 @@ def test_generation_with_their_cache_is_ours(kind, padded):
 @pytest.mark.parametrize("options", [
     dict(num_beams=3, do_sample=False), dict(do_sample=True, top_k=20, num_return_sequences=2)])
 def test_beams_and_samples_do_not_depend_on_the_cache(kind, options):
-    model, texts = coat(kind), []
+    model, texts = wrapped(kind), []
     for use_cache in (True, False):
         torch.manual_seed(0)
         texts.append(model.generate(**batch(), max_new_tokens=20, pad_token_id=0,
@@ -75,7 +83,7 @@ def test_beams_and_samples_do_not_depend_on_the_cache(kind, options):
     lambda model: StaticCache(config=model.config, max_cache_len=20)],
     ids=["dynamic", "made by the model", "static"])
 def test_parts_of_a_text_read_one_after_the_other(kind, make):
-    model, given = coat(kind), batch()
+    model, given = wrapped(kind), batch()
     ids, mask = given["input_ids"], given["attention_mask"]
     memory, logits = make(model), []
     with torch.no_grad():
@@ -92,9 +100,24 @@ def test_parts_of_a_text_read_one_after_the_other(kind, make):
 
 
 def test_a_mask_must_tell_of_the_remembered_tokens_too():
-    model, given = coat("one KV head"), batch()
+    model, given = wrapped("one KV head"), batch()
     with torch.no_grad():
         memory = model(**given, use_cache=True).past_key_values
         with pytest.raises(ValueError, match=r"attention_mask is \(3, 1\).* 3 rows of 13 tokens"):
             model(torch.ones(3, 1, dtype=torch.long), past_key_values=memory,
                   attention_mask=torch.ones(3, 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_is_saved_and_opened(tmp_path, tied):
+    torch.manual_seed(0)
+    config = SkylarConfig(**SIZES, **HEADS, tie_embeddings=tied)
+    model = SkylarForCausalLM(SkylarPretrainedConfig(config_to_dict(config))).eval()
+    model.resize_token_embeddings(67, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 59, 66]])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours = from_pretrained(tmp_path)
+    assert ours.config == replace(config, vocab_size=67)
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+    assert_close(ours(ids), model(ids).logits)

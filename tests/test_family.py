@@ -1,35 +1,23 @@
 """Llama 3 and Qwen3: random valid configs give what transformers gives, forward and backward."""
 
-import json
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
+from transformers import Qwen3Config as TheirQwen3Config
 
-from skylar.layers.attention import fused_attention
-from skylar.layers.block import LayerNormConfig
 from skylar.layers.cache import KVCache
-from skylar.models.decoder import CausalLM, count_parameters, gpt2
-from skylar.models.presets import (
-    FAMILIES,
-    PRESETS,
-    describe,
-    from_args,
-    get_config,
-    kv_bytes,
-    kv_bytes_per_token,
-    llama3,
-    qwen3,
-    resolve,
-    skylar,
-    weight_bytes,
-)
+from skylar.models.decoder import CausalLM, cache_bytes, count_parameters, weight_bytes
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.llama3 import Llama3Config
+from skylar.models.families.qwen3 import Qwen3Config
+from skylar.models.families.skylar import SkylarConfig
+from skylar.models.presets import FAMILIES, PRESETS, find_family, get_config
 from skylar.training.loss import next_token_loss
 
-PEERS = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+PEERS = {"llama3": (LlamaConfig, LlamaForCausalLM), "qwen3": (TheirQwen3Config, Qwen3ForCausalLM)}
 SCALINGS = [
     None,
     {"rope_type": "linear", "factor": 3.0},
@@ -113,7 +101,7 @@ def test_random_configs_equal_transformers(family, seed):
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms and biases too, and away from 0 and 1
             parameter.normal_(0.1, 0.3)
-    ours = CausalLM(from_args({"family": family, "args": args}))
+    ours = CausalLM(find_family(family)(**args))
     ours.load_state_dict(theirs.state_dict())  # strict: every name is theirs
     ids = torch.randint(args["vocab_size"], (2, 33))
     logits, expected = ours(ids), theirs(ids).logits
@@ -139,103 +127,51 @@ def test_the_random_configs_reach_every_corner(family):
     assert sum(a["d_head"] * a["n_heads"] != a["d_model"] for a in drawn) > 30
 
 
-@pytest.mark.parametrize("family", PEERS)
-@pytest.mark.parametrize("seed", range(10))
-def test_describe_inverts_random_configs(family, seed):
-    resolved = {"family": family, "args": random_args(family, seed)}
-    found = json.loads(json.dumps(describe(from_args(resolved))))
-    assert found["family"] == family
-    assert from_args(found) == from_args(resolved)
-    assert {k: v for k, v in found["args"].items() if k in resolved["args"]} == {
-        k: found["args"][k] if k == "rope_scaling" else v for k, v in resolved["args"].items()
-    }
-
-
-OWN = [
-    dict(),
-    dict(ffn="swiglu"),
-    dict(qk_norm=False),
-    dict(window=None),
-    dict(window=16, sinks=0, full_every=0),
-    dict(window=16, sinks=2, full_every=3, n_layers=7, dropout=0.1),
-]
-
-
-@pytest.mark.parametrize("args", OWN, ids=str)
-def test_describe_inverts_skylar(args):
-    config = skylar(**args)
-    found = json.loads(json.dumps(describe(config)))
-    assert found["family"] == "skylar" and from_args(found) == config
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_describe_inverts_defaults(family):
-    assert describe(FAMILIES[family]())["family"] == family
-    assert from_args(describe(FAMILIES[family]())) == FAMILIES[family]()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", PRESETS)
-def test_describe_inverts_presets(name, family):
-    config = get_config(name, family=family)
-    found = describe(config)
-    assert found["family"] == family and from_args(found) == config
-    assert name == "test" or found == resolve(name, family=family) or family == "gpt2"
-
-
-def test_describe_names_the_simplest_family():
-    "Skylar without its own parts is Qwen3 or Llama 3, and is stored as that."
-    plain = dict(ffn="swiglu", window=None)
-    assert describe(skylar(**plain))["family"] == "qwen3"
-    assert describe(skylar(**plain, qk_norm=False))["family"] == "llama3"
-    assert describe(skylar(**plain | dict(window=8, full_every=1)))["family"] == "qwen3"
-
-
-def test_describe_refuses_what_no_family_builds():
-    config = qwen3(n_layers=2)
-    odd = [
-        replace(config, norm=LayerNormConfig()),
-        replace(config, attend=fused_attention),
-        replace(config, blocks=(config.blocks[0], gpt2().blocks[0])),
-        replace(config, blocks=(llama3(n_layers=1).blocks[0], config.blocks[0])),
-    ]
-    for config in odd:
-        with pytest.raises(ValueError, match="no family .* builds this config") as error:
-            describe(config)
-        assert "\n" not in str(error.value)
-
-
 def test_n_kv_heads_and_d_head_left_out():
-    assert qwen3(n_kv_heads=None) == qwen3(n_kv_heads=16)
-    assert qwen3(d_model=512, d_head=None) == qwen3(d_model=512, d_head=32)
+    assert Qwen3Config(n_kv_heads=None).decoder() == Qwen3Config(n_kv_heads=16).decoder()
+    split = Qwen3Config(d_model=512, d_head=None)
+    assert split.decoder() == Qwen3Config(d_model=512, d_head=32).decoder()
 
 
-def test_windows_lie_where_they_should():
-    config = skylar(n_layers=8, window=16, sinks=2, full_every=4)
-    windows = [block.attention.window for block in config.blocks]
+def test_windows_are_where_they_should_be():
+    config = SkylarConfig(n_layers=8, window=16, num_sink_tokens=2, full_every=4)
+    windows = [block.attention.window for block in config.decoder().blocks]
     assert [w is None for w in windows] == [False, False, False, True] * 2
-    assert (windows[0].size, windows[0].sinks) == (16, 2)
+    assert windows[0] == windows[6]
+    none = SkylarConfig(window=None).decoder().blocks
+    assert {block.attention.window for block in none} == {None}
+
+
+@pytest.mark.parametrize("fields, expected", [
+    (dict(), [1, 1, 1, 0, 1, 1]),
+    (dict(no_rope_layer_interval=2), [1, 0, 1, 0, 1, 0]),
+    (dict(no_rope_layers=(0, 0, 1, 1, 0, 1)), [0, 0, 1, 1, 0, 1]),
+    (dict(no_rope_layers=(1, 1, 1, 1, 1, 1, 0, 0)), [1, 1, 1, 1, 1, 1]),
+])
+def test_layers_without_positions_are_where_they_should_be(fields, expected):
+    config = find_family("smollm3")(n_layers=6, **fields)
+    blocks = config.decoder().blocks
+    assert [int(block.attention.rope is not None) for block in blocks] == expected
 
 
 MISTAKES = [
-    (qwen3, dict(n_layers=0), "n_layers=0 is not a size"),
-    (qwen3, dict(n_kv_heads=0), "n_kv_heads=0"),
-    (qwen3, dict(d_head=0), "d_head=0"),
-    (qwen3, dict(init_std=0.0), "init_std=0.0"),
-    (qwen3, dict(rope_scaling={"rope_type": "linear", "factor": "2"}), "factor='2'"),
-    (qwen3, dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks the field"),
-    (qwen3, dict(d_model=1000, n_heads=16, d_head=None), "d_model=1000 is not divisible"),
-    (llama3, dict(n_heads=6, n_kv_heads=4), "n_heads=6"),
-    (llama3, dict(d_head=7), "7"),
-    (llama3, dict(rope_theta=0.0), "theta=0.0"),
-    (llama3, dict(norm_eps=0.0), "eps=0.0"),
-    (llama3, dict(dropout=1.0), "dropout=1.0"),
-    (llama3, dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
-    (llama3, dict(rope_scaling={"rope_type": "linaer", "factor": 2.0}), "linaer"),
-    (skylar, dict(ffn="relu"), "unknown ffn 'relu'; did you mean relu2"),
-    (skylar, dict(window=0), "0"),
-    (skylar, dict(sinks=-1), "-1"),
-    (skylar, dict(full_every=-1), "full_every=-1"),
+    (Qwen3Config, dict(n_layers=0), "n_layers=0: give a whole number"),
+    (Qwen3Config, dict(n_kv_heads=0), "n_kv_heads=0"),
+    (Qwen3Config, dict(d_head=0), "d_head=0"),
+    (Qwen3Config, dict(init_std=0.0), "init_std=0.0"),
+    (Qwen3Config, dict(rope_scaling={"rope_type": "linear", "factor": "2"}), "factor='2'"),
+    (Qwen3Config, dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "lacks the field"),
+    (Qwen3Config, dict(d_model=1000, n_heads=16, d_head=None), "d_model=1000 is not divisible"),
+    (Llama3Config, dict(n_heads=6, n_kv_heads=4), "n_heads=6"),
+    (Llama3Config, dict(d_head=7), "7"),
+    (Llama3Config, dict(rope_theta=0.0), "rope_theta=0.0"),
+    (Llama3Config, dict(norm_eps=0.0), "norm_eps=0.0"),
+    (Llama3Config, dict(dropout=1.0), "dropout=1.0"),
+    (Llama3Config, dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "dynamic"),
+    (Llama3Config, dict(rope_scaling={"rope_type": "linaer", "factor": 2.0}), "linaer"),
+    (SkylarConfig, dict(window=0), "0"),
+    (SkylarConfig, dict(num_sink_tokens=-1), "-1"),
+    (SkylarConfig, dict(full_every=-1), "full_every=-1"),
 ]
 
 
@@ -267,20 +203,20 @@ def test_cache_bytes_on_the_meta_device(name, family):
     config = get_config(name, family=family)
     for batch_size, n_tokens, dtype in ((1, 100, torch.bfloat16), (3, 4000, torch.float32)):
         cache = KVCache(config, batch_size, n_tokens, dtype=dtype, device="meta")
-        assert cache.nbytes == kv_bytes(config, n_tokens, dtype, batch_size)
-    assert kv_bytes_per_token(config) * 100 == kv_bytes(config, 100)
+        assert cache.nbytes == cache_bytes(config, n_tokens, dtype, batch_size)
+    assert cache_bytes(config, 1) * 100 == cache_bytes(config, 100)
 
 
 def test_cache_bytes_of_gpt2():
-    config = gpt2(d_model=64, n_heads=4, n_layers=3)
+    config = GPT2Config(d_model=64, n_heads=4, n_layers=3)
     cache = KVCache(config, 2, 10, dtype=torch.float32, device="meta")
-    assert cache.nbytes == kv_bytes(config, 10, torch.float32, 2) == 2 * 2 * 64 * 10 * 3 * 4
+    assert cache.nbytes == cache_bytes(config, 10, torch.float32, 2) == 2 * 2 * 64 * 10 * 3 * 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_every_family_learns_one_batch(family):
     torch.manual_seed(0)
-    extra = dict(window=8, sinks=1, full_every=2) if family == "skylar" else {}
+    extra = dict(window=8, num_sink_tokens=1, full_every=2) if family == "skylar" else {}
     small = dict(vocab_size=32, d_model=32, d_head=8, d_ff=64, n_layers=2, max_seq_len=32)
     model = CausalLM(get_config("test", family=family, **small, **extra))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -293,13 +229,14 @@ def test_every_family_learns_one_batch(family):
     assert loss < 0.5
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3", "skylar"])
+@pytest.mark.parametrize("family", ["gpt2", "smollm3", "qwen3", "skylar"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_compiled_training_step_has_the_same_gradients(family, packed):
     """Of the whole objective: a compiler that mistakes one hand-written gradient fails here."""
     torch.manual_seed(0)
-    model = CausalLM(get_config("test", family, vocab_size=64, d_model=24, n_heads=2,
-                                n_kv_heads=2, d_head=12, n_layers=2, d_ff=40, max_seq_len=32))
+    heads = {} if family == "gpt2" else {"n_kv_heads": 2}
+    model = CausalLM(get_config("test", family, vocab_size=64, d_model=24, n_heads=2, **heads,
+                                d_head=12, n_layers=2, d_ff=40, max_seq_len=32))
     ids = torch.randint(64, (3, 20))
     batch = {"input_ids": ids, "labels": ids.roll(-1, 1)}
     if packed:

@@ -1,4 +1,4 @@
-"""`gpt2(...)` is Hugging Face's GPT-2: same weights in, same logits, loss and gradients out."""
+"""`GPT2Config` is Hugging Face's GPT-2: same weights in, same logits, loss and gradients out."""
 
 import random
 
@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from skylar.models.decoder import CausalLM, count_parameters, gpt2
+from skylar.models.decoder import CausalLM, count_parameters
+from skylar.models.families.gpt2 import GPT2Config
 
 transformers = pytest.importorskip("transformers", reason="transformers comes with skylar[lab]")
 from hf_gpt2 import from_hf  # noqa: E402
 
 
 def random_args(seed: int) -> dict:
-    "Arguments of `gpt2` that Hugging Face can express: d_model = n_heads * d_head."
+    "Fields of `GPT2Config` that Hugging Face can express: d_model = n_heads * d_head."
     rng = random.Random(seed)
     n_heads = rng.choice([1, 2, 3, 5, 7])
     d_model = n_heads * rng.choice([1, 3, 5, 8, 16])
@@ -26,6 +27,7 @@ def random_args(seed: int) -> dict:
         d_ff=rng.choice([None, 1, 7, 3 * d_model]),
         max_seq_len=rng.randint(1, 40),
         tie_embeddings=rng.random() < 0.5,
+        norm_eps=rng.choice([1e-5, 1e-3, 9.999999747e-06]),
     )
 
 
@@ -39,6 +41,7 @@ def pair(seed: int = 0, **args) -> tuple[CausalLM, torch.nn.Module]:
         n_layer=args["n_layers"],
         n_inner=args.get("d_ff"),
         n_positions=args["max_seq_len"],
+        layer_norm_epsilon=args.get("norm_eps", 1e-5),
         tie_word_embeddings=args.get("tie_embeddings", True),
         resid_pdrop=0.0,
         embd_pdrop=0.0,
@@ -50,7 +53,7 @@ def pair(seed: int = 0, **args) -> tuple[CausalLM, torch.nn.Module]:
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
-    ours = CausalLM(gpt2(**args))
+    ours = CausalLM(GPT2Config(**args))
     ours.load_state_dict(from_hf(theirs.state_dict()))  # strict: every name and shape
     return ours, theirs
 
@@ -85,9 +88,9 @@ def test_random_config_gives_the_same_logits_and_gradients(seed):
 def test_the_default_is_the_124m_model():
     with torch.device("meta"):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-    assert sum(p.numel() for p in theirs.parameters()) == count_parameters(gpt2())
+    assert sum(p.numel() for p in theirs.parameters()) == count_parameters(GPT2Config())
     with torch.device("meta"):
-        ours = CausalLM(gpt2()).state_dict()
+        ours = CausalLM(GPT2Config()).state_dict()
     expected = from_hf(theirs.state_dict())
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in expected.items()}
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,16 +18,19 @@ from skylar.data import sources
 from skylar.data.chat import CHATML
 from skylar.data.tokenizer import BPETokenizer
 from skylar.layers.rope import RotaryEmbedding
-from skylar.models.decoder import CausalLM
+from skylar.models.decoder import CausalLM, DecoderConfig
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.llama3 import Llama3Config
+from skylar.models.families.qwen3 import Qwen3Config
+from skylar.models.families.skylar import SkylarConfig
 from skylar.models.hub import (
-    end_ids,
+    eos_token_ids,
     from_pretrained,
     load_tokenizer,
     push_to_hub,
     save_pretrained,
 )
-from skylar.models.layouts import read_config, write_config
-from skylar.models.presets import describe, gpt2, llama3, qwen3, skylar
+from skylar.models.presets import config_from_hf, config_to_hf, needs_skylar
 
 SIZES = dict(vocab_size=300, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=32)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -39,7 +43,7 @@ def tokenizer():
 
 def model(config=None):
     torch.manual_seed(0)
-    return CausalLM(config or llama3(**SIZES, n_kv_heads=1))
+    return CausalLM(config or Llama3Config(**SIZES, n_kv_heads=1))
 
 
 def equal(a, b) -> bool:
@@ -51,14 +55,14 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("config, model_type", [
-    (gpt2(**SIZES), "gpt2"),
-    (gpt2(**SIZES, tie_embeddings=False, dropout=0.1), "gpt2"),
-    (gpt2(**SIZES, bias=False), "skylar"),
-    (gpt2(**SIZES, d_head=6), "skylar"),
-    (llama3(**SIZES, n_kv_heads=1, bias=True, dropout=0.1), "llama"),
-    (llama3(**SIZES | dict(d_model=15), n_kv_heads=1, d_head=6), "skylar"),
-    (qwen3(**SIZES | dict(d_model=15), n_kv_heads=1, d_head=6, rope_scaling=YARN), "qwen3"),
-    (skylar(**SIZES, n_kv_heads=1, window=4, sinks=1, full_every=2, ffn="swiglu"), "skylar"),
+    (GPT2Config(**SIZES), "gpt2"),
+    (GPT2Config(**SIZES, tie_embeddings=False, dropout=0.1), "gpt2"),
+    (GPT2Config(**SIZES, bias=False), "skylar"),
+    (GPT2Config(**SIZES, d_head=6), "skylar"),
+    (Llama3Config(**SIZES, n_kv_heads=1, bias=True, dropout=0.1), "llama"),
+    (Llama3Config(**SIZES | dict(d_model=15), n_kv_heads=1, d_head=6), "skylar"),
+    (Qwen3Config(**SIZES | dict(d_model=15), n_kv_heads=1, d_head=6, rope_scaling=YARN), "qwen3"),
+    (SkylarConfig(**SIZES, n_kv_heads=1, window=4, num_sink_tokens=1, full_every=2), "skylar"),
 ])
 def test_config_comes_back(tmp_path, config, model_type):
     built = model(config)
@@ -66,21 +70,75 @@ def test_config_comes_back(tmp_path, config, model_type):
     written = json.loads((tmp_path / "m" / "config.json").read_text())
     assert written["model_type"] == model_type
     back = from_pretrained(tmp_path / "m")
-    assert back.config == config and describe(back.config) == describe(config)
+    assert back.decoder_config == config.decoder() and type(back.config) is type(config)
+    assert needs_skylar(config) == (model_type == "skylar")
     assert equal(built, back) and not back.training
     ids = torch.randint(300, (1, 12))
     assert torch.equal(built.eval()(ids), back(ids))
 
 
 def test_rope_for_transformers_5_and_4():
-    config = write_config(llama3(**SIZES, n_kv_heads=1, rope_theta=1e4, rope_scaling=YARN))
+    config = config_to_hf(Llama3Config(**SIZES, n_kv_heads=1, rope_theta=1e4, rope_scaling=YARN))
     assert config["rope_theta"] == 1e4 and YARN.items() <= config["rope_scaling"].items()
     assert config["rope_parameters"] == config["rope_scaling"] | {"rope_theta": 1e4}
 
 
+@pytest.mark.parametrize("bad, message", [
+    ({"type": "RMSNormConfig"}, "type='RMSNormConfig' describes no model"),
+    ({"type": "Qwen3Config", "d_modl": 3}, "Qwen3Config has no field 'd_modl'; did you mean"),
+    ({"type": "Qwen3Config", "d_model": [3]}, "d_model=.3,. is a tuple; d_model must be int"),
+    (None, "type=None is no config; choose from"),
+    ({"type": ["a"]}, "type=.'a'. is no config"),
+    ({"type": "DecoderConfig", "vocab_size": 3}, "DecoderConfig: .*missing"),
+    ({"type": "DecoderConfig", "vocab_size": 3, "d_model": 4, "max_seq_len": 5, "blocks": [3]},
+     "blocks=.3,. is a tuple; blocks must be tuple"),
+])
+def test_a_skylar_config_that_is_none(bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        config_from_hf({"model_type": "skylar", "model": bad})
+    assert "\n" not in str(error.value)
+
+
+def test_a_decoder_made_by_hand_with_mixed_blocks(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from skylar.models import auto  # noqa: F401
+
+    parts = [GPT2Config(**SIZES), SkylarConfig(**SIZES, n_kv_heads=1, window=4, full_every=0),
+             Llama3Config(**SIZES, n_kv_heads=1, rope_scaling=YARN)]
+    blocks = tuple(part.decoder().blocks[0] for part in parts)
+    config = replace(parts[1].decoder(), blocks=blocks)
+    built = model(config).eval()
+    back = from_pretrained(save_pretrained(built, tmp_path / "m"))
+    assert back.config == config == back.decoder_config and equal(built, back)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.randint(300, (1, 12))
+    torch.testing.assert_close(theirs(ids).logits, built(ids))
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert from_pretrained(tmp_path / "theirs").config == config
+
+
+@pytest.mark.parametrize("scaling, length, context", [
+    ({"rope_type": "linear", "factor": 4.0}, 16, 64),
+    ({"rope_type": "linear", "factor": 4.0, "original_max_position_embeddings": 16}, 16, 64),
+    ({"rope_type": "yarn", "factor": 4.0}, 16, 64),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 20, 64),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64, 64),
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 16}, 64, 64),
+    ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+     16, 128),
+])
+def test_the_context_of_a_stretched_model(scaling, length, context):
+    hf = OLD | {"max_position_embeddings": length, "rope_scaling": scaling}
+    config = config_from_hf(hf)
+    assert config.max_seq_len == context == config.decoder().max_seq_len
+    again = config_from_hf(config_to_hf(config))
+    assert again == replace(config, n_kv_heads=2, d_head=8)
+
+
 def test_static_ntk_is_written_as_a_larger_theta():
     ntk = {"rope_type": "ntk", "factor": 4.0}
-    config = write_config(qwen3(**SIZES, n_kv_heads=1, d_head=8, rope_scaling=ntk))
+    config = config_to_hf(Qwen3Config(**SIZES, n_kv_heads=1, d_head=8, rope_scaling=ntk))
     assert config["rope_scaling"] is None and config["rope_theta"] == 1e6 * 4 ** (8 / 6)
 
 
@@ -90,7 +148,7 @@ def test_tokenizer_ids_and_template(tmp_path, tokenizer):
     ids = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     assert tuple(config[f"{role}_token_id"] for role in ("bos", "eos", "pad")) == ids
     ends = {tokenizer.eos_id, *tokenizer.encode("<|im_end|>", allowed_special=True)}
-    assert set(end_ids(tmp_path / "m")) == ends
+    assert set(eos_token_ids(tmp_path / "m")) == ends
     opened = load_tokenizer(tmp_path / "m")
     assert opened.chat_template == CHATML
     assert BPETokenizer.load(tmp_path / "m").encode("Ciao") == tokenizer.encode("Ciao")
@@ -106,18 +164,18 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
 
 
 def test_without_a_tokenizer_no_token_ends(tmp_path):
-    assert end_ids(save_pretrained(model(), tmp_path / "m")) == []
+    assert eos_token_ids(save_pretrained(model(), tmp_path / "m")) == []
 
 
 def test_tokenizer_of_another_model(tmp_path, tokenizer):
-    small = model(llama3(**SIZES | dict(vocab_size=100), n_kv_heads=1))
+    small = model(Llama3Config(**SIZES | dict(vocab_size=100), n_kv_heads=1))
     with pytest.raises(ValueError, match="the tokenizer has 277 tokens, the model 100"):
         save_pretrained(small, tmp_path / "m", tokenizer)
     assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.parametrize("config", [
-    llama3(**SIZES, n_kv_heads=1, tie_embeddings=True), gpt2(**SIZES)])
+    Llama3Config(**SIZES, n_kv_heads=1, tie_embeddings=True), GPT2Config(**SIZES)])
 def test_shards(tmp_path, config):
     built, limit = model(config), 12_000
     folder = save_pretrained(built, tmp_path / "m", max_shard_size=limit)
@@ -130,7 +188,7 @@ def test_shards(tmp_path, config):
         assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= limit
         assert all(index["weight_map"][name] == file.name for name in tensors)
         with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
+            assert opened.metadata().keys() == {"format", "sha256"}
     assert not any("lm_head" in name for name in index["weight_map"]), "tied: stored once"
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in built.parameters())
     assert equal(built, from_pretrained(folder))
@@ -141,7 +199,7 @@ def test_shards(tmp_path, config):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(tmp_path, dtype):
-    built = model(qwen3(**SIZES, n_kv_heads=1, d_head=8)).to(dtype)
+    built = model(Qwen3Config(**SIZES, n_kv_heads=1, d_head=8)).to(dtype)
     folder = save_pretrained(built, tmp_path / "m")
     back = from_pretrained(folder)
     assert equal(built, back) and {p.dtype for p in back.parameters()} == {dtype}
@@ -180,20 +238,21 @@ OLD = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "num_attenti
               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}),
 ])
 def test_old_and_new_rope_and_missing_fields(more, theta, scaling):
-    args = describe(read_config(OLD | more))["args"]
-    assert args["rope_theta"] == theta and args["rope_scaling"] == scaling
-    assert args["n_kv_heads"] == 2 and args["d_head"] == 8 and args["norm_eps"] == 1e-6
-    assert args["tie_embeddings"] is False
+    config = config_from_hf(OLD | more)
+    assert config.rope_theta == theta and config.rope_scaling == scaling
+    attention = config.decoder().blocks[0].attention
+    assert (attention.n_kv_heads, attention.d_head, config.norm_eps) == (2, 8, 1e-6)
+    assert config.tie_embeddings is False
 
 
 def test_qwen3_without_head_dim_means_128():
-    args = describe(read_config(OLD | {"model_type": "qwen3", "num_attention_heads": 32}))["args"]
-    assert args["d_head"] == 128 and args["n_kv_heads"] == 32
+    config = config_from_hf(OLD | {"model_type": "qwen3", "num_attention_heads": 32})
+    assert config.d_head == 128 and config.n_kv_heads == 32
 
 
 def test_names_without_their_prefix_and_stored_masks(tmp_path):
     "GPT-2 as it was published: no `transformer.`, and a causal mask in every layer."
-    built = model(gpt2(**SIZES))
+    built = model(GPT2Config(**SIZES))
     folder = save_pretrained(built, tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
     bare = {name.removeprefix("transformer."): t for name, t in tensors.items()}
@@ -205,12 +264,12 @@ def test_names_without_their_prefix_and_stored_masks(tmp_path):
 def test_generation_ends_where_the_checkpoint_says(tmp_path):
     folder = save_pretrained(model(), tmp_path / "m")
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert end_ids(folder) == [7]
+    assert eos_token_ids(folder) == [7]
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert end_ids(folder) == [7, 8]
+    assert eos_token_ids(folder) == [7, 8]
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text('{"eos_token_id": 5}')
-    assert end_ids(folder) == [5]
+    assert eos_token_ids(folder) == [5]
 
 
 # --- memory -----------------------------------------------------------------------------
@@ -233,8 +292,8 @@ print((peak() - before) * 1024 / size)
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_loading_needs_memory_for_the_model_once(tmp_path, family):
     sizes = dict(vocab_size=4000, d_model=1024, n_layers=8, max_seq_len=64)
-    config = (gpt2(**sizes, n_heads=8) if family == "gpt2" else
-              qwen3(**sizes, n_heads=8, n_kv_heads=8, d_head=128, d_ff=2800))
+    config = (GPT2Config(**sizes, n_heads=8) if family == "gpt2" else
+              Qwen3Config(**sizes, n_heads=8, n_kv_heads=8, d_head=128, d_ff=2800))
     with torch.device("meta"):
         built = CausalLM(config)
     built.to_empty(device="cpu")

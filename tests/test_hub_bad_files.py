@@ -11,17 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from skylar.models import hub
+from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM
-from skylar.models.hub import from_pretrained, load_tokenizer, save_pretrained
-from skylar.models.layouts import read_config, write_config
-from skylar.models.presets import gpt2, llama3
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.llama3 import Llama3Config
+from skylar.models.hub import eos_token_ids, from_pretrained, load_tokenizer, save_pretrained
+from skylar.models.presets import config_from_hf, config_to_hf
 
 SIZES = dict(vocab_size=40, d_model=16, n_heads=2, n_layers=2, d_ff=24, max_seq_len=32)
 
 
 def model():
     torch.manual_seed(0)
-    return CausalLM(llama3(**SIZES, n_kv_heads=1, tie_embeddings=False))
+    return CausalLM(Llama3Config(**SIZES, n_kv_heads=1, tie_embeddings=False))
 
 
 @pytest.fixture
@@ -159,11 +161,85 @@ def test_packed_weights(folder, dtype):
     refused(folder, "model.norm.weight is stored as (I8|F8_E4M3)")
 
 
+def flip(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("offset", [-1, -77, -2000])
+def test_a_flipped_bit_in_the_weights(folder, sharded, offset):
+    flip(folder / "model.safetensors", offset)
+    refused(folder, "model.safetensors is damaged: its weights have changed")
+    shard = sorted(sharded.glob("model-*"))[1]
+    flip(shard, max(offset, -100))
+    refused(sharded, f"{shard.name} is damaged: its weights have changed")
+
+
+def test_weights_that_another_tool_has_written_carry_no_checksum(folder):
+    change_weights(folder, lambda t: t.update({"model.norm.weight": torch.full((16,), 2.0)}))
+    assert from_pretrained(folder).model.norm.weight[0] == 2.0
+
+
+def test_a_damaged_config_and_an_edited_one(folder):
+    path = folder / "config.json"
+    edited = path.read_text().replace('"rope_theta": 500000.0', '"rope_theta": 10000.0')
+    path.write_text(path.read_text().replace('"rope_theta": 500000.0', '"rope_theta": 500001.0'))
+    refused(folder, "config.json is damaged.*if you changed it yourself, delete skylar_manifest")
+    path.write_text(edited)
+    assert from_pretrained(folder).config.rope_theta == 10_000.0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json",
+                                  "chat_template.jinja", "skylar_manifest.json"])
+def test_damaged_tokenizer_files(tmp_path, name):
+    tokenizer = BPETokenizer.train(["Ciao, come va? " * 50], vocab_size=277)
+    config = Llama3Config(**SIZES | {"vocab_size": 280}, n_kv_heads=1)
+    folder = save_pretrained(CausalLM(config), tmp_path / "m", tokenizer)
+    load_tokenizer(folder)
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-9], whole[:40] + bytes([whole[40] ^ 2]) + whole[41:], b"", None):
+        if damaged is None:
+            (folder / name).unlink()
+            if name == "skylar_manifest.json":
+                continue
+        else:
+            (folder / name).write_bytes(damaged)
+        with pytest.raises((ValueError, FileNotFoundError), match="damaged|missing") as caught:
+            load_tokenizer(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json",
+                                  "chat_template.jinja", "skylar_manifest.json"])
+def test_tokenizer_files_that_link_out_of_the_folder(tmp_path, name):
+    tokenizer = BPETokenizer.train(["Ciao, come va? " * 50], vocab_size=277)
+    config = Llama3Config(**SIZES | {"vocab_size": 280}, n_kv_heads=1)
+    folder = save_pretrained(CausalLM(config), tmp_path / "m", tokenizer)
+    (folder / name).rename(tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    with pytest.raises(ValueError, match="is a link out of its folder"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("eos", [{"a": 1}, "2", [1, "2"], True, 2.0])
+def test_eos_token_ids_that_are_none(folder, eos):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ValueError, match="eos_token_id=.* are not token ids"):
+        eos_token_ids(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_a_config_nested_too_deep(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json is damaged")
+
+
 # --- foreign ----------------------------------------------------------------------------
 
 
 def test_weights_of_another_architecture(folder, tmp_path):
-    other = save_pretrained(CausalLM(gpt2(**SIZES)), tmp_path / "gpt2")
+    other = save_pretrained(CausalLM(GPT2Config(**SIZES)), tmp_path / "gpt2")
     shutil.copy(other / "model.safetensors", folder / "model.safetensors")
     refused(folder, "lacks lm_head.weight, model.embed_tokens.weight, .* and 18 more")
 
@@ -184,11 +260,16 @@ def test_weights_of_another_architecture(folder, tmp_path):
     (dict(model_type="qwen3", use_sliding_window=True), "use_sliding_window=True"),
     (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
     (dict(hidden_size="16"), "d_model='16' is a str"),
-    (dict(hidden_size=...), "lacks 'hidden_size'"),
+    (dict(hidden_size=...), "config.json asks for .40, 4096."),
     (dict(num_attention_heads=0), "n_heads=0"),
     (dict(num_key_value_heads=3), "n_kv_heads=3"),
     (dict(head_dim=7), "d_head=7"),
-    (dict(rms_norm_eps=-1.0), "eps=-1.0"),
+    (dict(rms_norm_eps=-1.0), "norm_eps=-1.0"),
+    (dict(head_dim=10**12), "d_head=1000000000000 does not fit its weights"),
+    (dict(num_hidden_layers=10**12), "n_layers=1000000000000 does not fit its weights"),
+    (dict(num_hidden_layers=22), "n_layers=22 does not fit its weights: .* in 21 tensors"),
+    (dict(vocab_size=10**30), "vocab_size=1000000000000000000000000000000 does not fit"),
+    (dict(hidden_size=2**20, head_dim=8), "config.json asks for"),
 ])
 def test_config_that_we_cannot_build(folder, changes, match):
     change_config(folder, **changes)
@@ -199,12 +280,12 @@ def test_config_that_we_cannot_build(folder, changes, match):
     (dict(activation_function="relu"), "activation_function='relu'"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     (dict(scale_attn_weights=False), "scale_attn_weights=False"),
-    (dict(layer_norm_epsilon=1e-12), "layer_norm_epsilon=1e-12"),
+    (dict(layer_norm_epsilon=-1.0), "norm_eps=-1.0"),
     (dict(add_cross_attention=True), "add_cross_attention=True"),
-    (dict(resid_pdrop=[0.1]), "wrong kind"),
+    (dict(resid_pdrop=[0.1]), r"dropout=\[0.1\] is a list"),
 ])
 def test_gpt2_config_that_we_cannot_build(tmp_path, changes, match):
-    folder = save_pretrained(CausalLM(gpt2(**SIZES)), tmp_path / "gpt2")
+    folder = save_pretrained(CausalLM(GPT2Config(**SIZES)), tmp_path / "gpt2")
     change_config(folder, **changes)
     refused(folder, match)
 
@@ -218,13 +299,13 @@ def test_config_that_is_no_object(folder, text):
 def test_config_fuzz():
     "Whatever stands in a config.json, reading it ends in a config or a ValueError."
     rng, odd = random.Random(0), [None, True, -1, 0, 2.5, "x", [], [1], {}, {"a": 1}, 10**5]
-    for config in (llama3(**SIZES, n_kv_heads=1), gpt2(**SIZES)):
-        good = write_config(config)
+    for config in (Llama3Config(**SIZES, n_kv_heads=1), GPT2Config(**SIZES)):
+        good = config_to_hf(config)
         for _ in range(400):
             bad = good | {k: rng.choice(odd) for k in rng.sample(list(good), rng.randint(1, 3))}
             bad.pop(rng.choice(list(bad)))
             try:
-                read_config(bad)
+                config_from_hf(bad)
             except ValueError as error:
                 assert "\n" not in str(error)
 
@@ -266,10 +347,9 @@ def test_code_beside_the_weights_is_not_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../other/{}", "{root}/other/{}", "sub/../../other/{}",
-                                   "..\\other\\{}", "sub/{}", "..", ""])
+                                   "..\\other\\{}", "..", ""])
 def test_an_index_that_leads_out_of_the_folder(sharded, tmp_path, place):
     other = save_pretrained(model(), tmp_path / "other")
-    (sharded / "sub").mkdir()
     place = place.format("model.safetensors", root=tmp_path)
     assert (other / "model.safetensors").exists()
     change_index(sharded, lambda names: names.update({"model.norm.weight": place}))

@@ -12,8 +12,9 @@ from skylar.data.sources import cache_dir
 from skylar.data.tokenizer import BPETokenizer
 from skylar.layers.rope import deinterleave
 from skylar.models.decoder import CausalLM
-from skylar.models.hub import end_ids, from_pretrained, load_tokenizer, save_pretrained
-from skylar.models.presets import get_config, gpt2, llama3, qwen3
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.hub import eos_token_ids, from_pretrained, load_tokenizer, save_pretrained
+from skylar.models.presets import FAMILIES, config_to_dict, find_family, get_config
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -42,13 +43,21 @@ def draw(family: str, seed: int):
         d_ff=rng.randrange(9, 70), tie_embeddings=rng.random() < 0.5, init_std=0.3)
     if family == "gpt2":
         width = n_heads * rng.randrange(3, 12)
-        return gpt2(d_model=width, n_heads=n_heads, max_seq_len=32, **sizes)
-    width = n_heads * rng.randrange(3, 12) if family == "llama3" else rng.randrange(17, 60)
-    return {"llama3": llama3, "qwen3": qwen3}[family](
+        return GPT2Config(
+            d_model=width, n_heads=n_heads, max_seq_len=32,
+            norm_eps=rng.choice([1e-5, 1e-3, 9.999999747e-06]), **sizes)
+    width = n_heads * rng.randrange(3, 12)
+    if family == "qwen3":  # the only one whose width need not be a multiple of the heads
+        width = rng.randrange(17, 60)
+    more = {}
+    if family == "smollm3":
+        more = dict(no_rope_layers=rng.choice([None, (0, 1, 0)]),
+                    no_rope_layer_interval=rng.choice([1, 2, 3]))
+    return find_family(family)(
         d_model=width, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=2 * rng.randrange(2, 9),
         max_seq_len=64, rope_theta=rng.choice([100.0, 1e4, 5e5]),
         rope_scaling=SCALINGS[seed % len(SCALINGS)], norm_eps=rng.choice([1e-6, 1e-5]),
-        bias=rng.random() < 0.5, **sizes)
+        bias=rng.random() < 0.5, **more, **sizes)
 
 
 def rough(model: torch.nn.Module, seed: int) -> None:
@@ -76,7 +85,7 @@ def greedy(logits_of, ids, n: int = 8):
 def assert_same_model(ours: CausalLM, theirs, seed: int):
     "Logits, gradients (as one number for each theirs) and greedy tokens."
     torch.manual_seed(seed)
-    ids = torch.randint(ours.config.vocab_size, (2, 20))
+    ids = torch.randint(ours.decoder_config.vocab_size, (2, 20))
     theirs.eval()
     ours.eval()
     their_logits = lambda ids: theirs(ids, use_cache=False).logits  # noqa: E731
@@ -91,8 +100,11 @@ def assert_same_model(ours: CausalLM, theirs, seed: int):
         assert torch.equal(greedy(ours, ids[:, :5]), greedy(their_logits, ids[:, :5]))
 
 
+OTHERS = [family.name for family in FAMILIES if family.name != "skylar"]
+
+
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("family", ["gpt2", "llama3", "qwen3"])
+@pytest.mark.parametrize("family", OTHERS)
 def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, family, seed):
     torch.manual_seed(seed)
     model = CausalLM(draw(family, seed))
@@ -106,6 +118,8 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, family, seed):
     theirs.save_pretrained(tmp_path / "theirs")
     back = from_pretrained(tmp_path / "theirs")
     assert_same_model(back, theirs, seed)
+    if SCALINGS[seed % len(SCALINGS)] != {"rope_type": "ntk", "factor": 3.0} or family == "gpt2":
+        assert back.decoder_config == model.decoder_config  # ntk comes back as a theta
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
     assert all(b.device.type == "cpu" for b in back.buffers())
 
@@ -165,7 +179,7 @@ def test_the_test_preset_opens_where_skylar_is_not_installed(tmp_path):
     model = CausalLM(get_config("test", vocab_size=512, init_std=0.1)).eval()
     save_pretrained(model, tmp_path / "m", tokenizer)
     ids = load_tokenizer(tmp_path / "m").chat([{"role": "user", "content": "Ciao"}])
-    ends = torch.tensor(end_ids(tmp_path / "m"))
+    ends = torch.tensor(eos_token_ids(tmp_path / "m"))
 
     def logits_without_ends(ids):  # `min_new_tokens` forbids them
         return model(ids).index_fill(-1, ends, -torch.inf)
@@ -183,9 +197,9 @@ def test_the_test_preset_opens_where_skylar_is_not_installed(tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    dict(window=5, sinks=2, full_every=2, ffn="swiglu"),
-    dict(window=5, sinks=0, full_every=0, ffn="relu2", tie_embeddings=False),
-    dict(window=None, ffn="relu2", qk_norm=False, rope_scaling=SCALINGS[3]),
+    dict(window=5, num_sink_tokens=2, full_every=2),
+    dict(window=5, num_sink_tokens=0, full_every=0, tie_embeddings=False),
+    dict(window=None, rope_scaling=SCALINGS[3]),
 ])
 def test_skylar_for_causal_lm(tmp_path, config):
     from skylar.models.auto import SkylarForCausalLM
@@ -219,18 +233,19 @@ def test_skylar_for_causal_lm(tmp_path, config):
 
 
 def test_a_new_skylar_model_from_its_config():
-    from skylar.models.auto import SkylarConfig
+    from skylar.models.auto import SkylarPretrainedConfig
 
-    args = dict(vocab_size=50, d_model=32, n_heads=4, n_kv_heads=2, n_layers=3, d_ff=40)
-    config = SkylarConfig(args=args, vocab_size=999)
-    assert config.vocab_size == 50 and config.num_hidden_layers == 3, "args have the last word"
+    own = get_config("test", "skylar", vocab_size=50, d_model=32, n_heads=4, n_kv_heads=2,
+                     n_layers=3, d_ff=40)
+    config = SkylarPretrainedConfig(config_to_dict(own), vocab_size=999)
+    assert config.vocab_size == 50 and config.num_hidden_layers == 3, "it has the last word"
     model = transformers.AutoModelForCausalLM.from_config(config)
     assert model.get_input_embeddings() is model.model.embed_tokens
     assert model.lm_head.weight is model.model.embed_tokens.weight
     std = model.model.layers[0].self_attn.o_proj.weight.std().item()
-    assert std == pytest.approx(0.02 / 6**0.5, rel=0.1), "first values are ours"
+    assert std == pytest.approx(0.02 / 6**0.5, rel=0.1), "initial values are ours"
     with pytest.raises(ValueError, match="d_modl"):
-        SkylarConfig(args={"d_modl": 32})
+        SkylarPretrainedConfig(config_to_dict(own) | {"d_modl": 32})
 
 
 # --- real weights -----------------------------------------------------------------------
@@ -256,7 +271,7 @@ def test_smollm2_equals_transformers(smollm2):
         torch.testing.assert_close(
             smollm2(ids), theirs(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
         text = tokenizer.decode(greedy(smollm2, ids, 8)[0, ids.shape[1]:])
-    assert "Paris" in text and end_ids("smollm2") == [tokenizer.eos_id]
+    assert "Paris" in text and eos_token_ids("smollm2") == [tokenizer.eos_id]
 
 
 def test_smollm2_the_rows_that_llama_cpp_permuted(smollm2):

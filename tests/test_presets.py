@@ -1,19 +1,21 @@
-"""Presets: names resolve to complete, typed, JSON-able arguments; mistakes name the remedy."""
+"""Presets: names of complete, typed, JSON-able configs; mistakes name the remedy."""
 
-import inspect
 import json
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 
-from skylar.models.decoder import CausalLM, count_parameters, gpt2
+from skylar.models.decoder import CausalLM, count_parameters
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.qwen3 import Qwen3Config
 from skylar.models.presets import (
     ALIASES,
     FAMILIES,
     PRESETS,
-    from_args,
+    config_from_dict,
+    config_to_dict,
+    find_family,
     get_config,
-    qwen3,
-    resolve,
 )
 
 # D, H, K, Dh, L, F, context in K, theta, tied, true count in millions
@@ -38,13 +40,14 @@ TABLE = {
 
 def test_the_fifteen_presets():
     assert list(PRESETS) == list(TABLE) and len(PRESETS) == 15
-    assert {family for family, _ in PRESETS.values()} == {"qwen3"}
+    assert {type(config) for config in PRESETS.values()} == {Qwen3Config}
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_preset_is_what_the_table_says(name):
     D, H, K, Dh, L, F, context, theta, tied, millions = TABLE[name]
-    config = get_config(name)
+    config = get_config(name).decoder()
+    assert get_config(name) is not None and get_config(name) == PRESETS[name]
     block = config.blocks[0]
     heads = block.attention
     assert (config.d_model, heads.n_heads, heads.n_kv_heads, heads.d_head) == (D, H, K, Dh)
@@ -55,59 +58,59 @@ def test_every_preset_is_what_the_table_says(name):
     assert count_parameters(config) / 1e6 == pytest.approx(millions, abs=0.06)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_resolves_and_survives_json(name):
-    resolved = resolve(name)
-    assert from_args(json.loads(json.dumps(resolved))) == get_config(name)
+def through_json(config):
+    return config_from_dict(json.loads(json.dumps(config_to_dict(config))))
 
 
 def test_names_in_any_case_and_overrides():
-    assert resolve("TEST", D_Model=64, d_head=16) == resolve("test", d_model=64, d_head=16)
+    assert get_config("TEST", D_Model=64, d_head=16) == get_config("test", d_model=64, d_head=16)
     config = get_config("Test", vocab_size=100, dropout=0)
     assert config.vocab_size == 100 and config.dropout == 0.0
-    assert PRESETS["test"][1]["vocab_size"] == 40_960  # untouched
-    assert resolve("4B") == resolve("4b")
+    assert type(config.dropout) is float
+    assert PRESETS["test"].vocab_size == 40_960  # untouched
+    assert get_config("4B") == get_config("4b")
 
 
 def test_aliases():
     assert ALIASES == {"small_plus": "small+", "medium_plus": "medium+"}
-    assert resolve("small_plus") == resolve("small+") == resolve("Small_Plus")
-    assert resolve("MEDIUM_PLUS") == resolve("medium+")
+    assert get_config("small_plus") == get_config("small+") == get_config("Small_Plus")
+    assert get_config("MEDIUM_PLUS") == get_config("medium+")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_in_every_family(name, family):
-    "What a family does not have is left out, what it has is kept."
-    resolved = resolve(name, family=family.upper())
-    assert resolved["family"] == family
-    args = resolved["args"]
-    assert args.keys() == inspect.signature(FAMILIES[family]).parameters.keys()
-    preset = PRESETS[name][1]
-    shared = (preset.keys() & args.keys()) - ({"n_kv_heads"} if family == "gpt2" else set())
-    assert all(args[key] == preset[key] for key in shared)
-    assert from_args(json.loads(json.dumps(resolved))) == get_config(name, family=family)
+    "What a family does not have is left out, what it has is kept; and all survives JSON."
+    config = get_config(name, family=family.name.upper())
+    assert type(config) is family
+    known = {field.name for field in fields(family)}
+    for key in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "d_head", "n_layers", "d_ff",
+                "max_seq_len", "rope_theta", "tie_embeddings"):
+        assert key not in known or getattr(config, key) == getattr(PRESETS[name], key)
+    assert through_json(config) == config
+    assert family is Qwen3Config or config.init_std == family().init_std
 
 
-def test_resolved_arguments_are_complete():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_config_is_complete(family):
     "A default that changes later does not change a model stored today."
-    assert resolve("test")["args"].keys() == qwen3.__kwdefaults__.keys()
-    assert resolve("test", family="gpt2")["args"].keys() == gpt2.__kwdefaults__.keys()
-    assert type(resolve("test", dropout=0)["args"]["dropout"]) is float
+    stored = config_to_dict(family())
+    assert stored.keys() == {"type"} | {field.name for field in fields(family)}
+    assert stored["type"] == family.__name__
 
 
-def test_what_is_resolved_shares_nothing_with_what_was_given():
+def test_a_config_shares_nothing_with_what_was_given():
     stretch = {"rope_type": "linear", "factor": 2.0}
-    resolved = resolve("test", rope_scaling=stretch)
+    config = get_config("test", rope_scaling=stretch)
     stretch["factor"] = 99.0
-    assert resolved["args"]["rope_scaling"]["factor"] == 2.0
-    resolved["args"]["d_model"] = 1
-    assert resolve("test")["args"]["d_model"] == 128
+    assert config.rope_scaling["factor"] == 2.0
+    with pytest.raises(FrozenInstanceError):
+        config.d_model = 1
 
 
-def test_a_stored_description_builds_the_same_shapes():
+def test_a_stored_config_builds_the_same_shapes():
     small = dict(vocab_size=50, d_model=16, d_head=4, n_layers=1, max_seq_len=8)
-    again = CausalLM(from_args(json.loads(json.dumps(resolve("test", **small)))))
+    again = CausalLM(through_json(get_config("test", **small)))
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in CausalLM(get_config("test", **small)).named_parameters()
     }
@@ -120,21 +123,24 @@ MISTAKES = [
     (dict(colour="red"), "unknown qwen3 argument 'colour'; choose from vocab_size, d_model"),
     (dict(window=4), "unknown qwen3 argument 'window'; choose from"),
     (dict(family="gpt2", rope_theta=1e4), "unknown gpt2 argument 'rope_theta'; choose from"),
-    (dict(family="gpt2", n_kv_heads=2), "gpt2 shares no key-value heads"),
+    (dict(family="gpt2", n_kv_heads=2), "unknown gpt2 argument 'n_kv_heads'"),
     (dict(family="lama3"), "unknown family 'lama3'; did you mean llama3"),
     (dict(d_model="128"), "d_model='128' is a str; d_model must be int"),
     (dict(D_MODEL="128"), "d_model='128' is a str; d_model must be int"),
     (dict(n_layers=4.0), "n_layers=4.0 is a float; n_layers must be int"),
     (dict(n_layers=True), "n_layers=True is a bool; n_layers must be int"),
     (dict(n_layers=None), "n_layers=None is a NoneType; n_layers must be int"),
-    (dict(d_head="x"), "d_head must be int or None"),
+    (dict(d_head="x"), "d_head must be int . None"),
     (dict(bias=1), "bias=1 is a int; bias must be bool"),
     (dict(dropout="0.1"), "dropout must be float"),
-    (dict(rope_scaling="yarn"), "rope_scaling='yarn' is a str; rope_scaling must be dict or None"),
+    (dict(rope_scaling="yarn"), "rope_scaling='yarn' is a str; rope_scaling must be dict . None"),
     (dict(rope_scaling={"rope_type": "yarm", "factor": 2.0}), "yarm"),
-    (dict(family="skylar", ffn=2), "ffn=2 is a int; ffn must be str"),
-    (dict(family="skylar", ffn="gelu"), "unknown ffn 'gelu'"),
-    (dict(n_layers=-1), "n_layers=-1 is not a size"),
+    (dict(family="smollm3", no_rope_layers=[1]), "no_rope_layers=.1. is a list; .* tuple"),
+    (dict(family="smollm3", no_rope_layers=(0, 1)), "give 0 or 1 for each of the 4 layers"),
+    (dict(family="skylar", full_every=-1), "full_every=-1: give a whole number of at least 0"),
+    (dict(dropout=float("nan")), "dropout=nan"),
+    (dict(init_std=float("inf")), "init_std=inf: give a number above 0"),
+    (dict(n_layers=-1), "n_layers=-1: give a whole number of at least 1"),
     (dict(d_model=130, d_head=None), "d_model=130 is not divisible by n_heads=4"),
     (dict(n_kv_heads=3), "n_kv_heads=3"),
     (dict(d_model=64, D_model=32), "d_model is given twice"),
@@ -144,7 +150,7 @@ MISTAKES = [
 @pytest.mark.parametrize("overrides, message", MISTAKES, ids=lambda x: str(x)[:40])
 def test_mistakes_are_refused_in_one_line(overrides, message):
     with pytest.raises(ValueError, match=message) as error:
-        resolve("test", **overrides)
+        get_config("test", **overrides)
     assert "\n" not in str(error.value)
 
 
@@ -156,13 +162,24 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="unknown preset None"):
         get_config(None)
     with pytest.raises(ValueError, match="unknown family 'gtp2'; did you mean gpt2"):
-        from_args({"family": "gtp2", "args": {}})
-    for broken in ({}, {"family": "gpt2"}, [], {"family": "gpt2", "args": 3}):
-        with pytest.raises(ValueError, match="does not describe a model"):
-            from_args(broken)
+        find_family("gtp2")
+    for broken in ({}, {"type": "GPT3Config"}, [], None, {"type": 3}):
+        with pytest.raises(ValueError, match="is no config"):
+            config_from_dict(broken)
 
 
-def test_every_family_has_typed_keyword_arguments_with_defaults():
-    for family in FAMILIES.values():
-        assert family.__kwdefaults__ and not family.__defaults__
-        assert family.__kwdefaults__.keys() == family.__annotations__.keys() - {"return"}
+def test_every_family_is_a_frozen_dataclass_with_defaults_and_four_methods():
+    for family in FAMILIES:
+        assert family.__dataclass_params__.frozen and hash(family()) == hash(family())
+        assert {type(family()), family.name, family.hf_model_type}
+        for method in ("decoder", "to_hf", "weight_map"):
+            assert callable(getattr(family, method))
+        assert family.name == "skylar" or callable(family.from_hf)
+
+
+def test_gpt2_has_dropouts_of_its_own():
+    config = GPT2Config(dropout=0.1, attention_dropout=0.2, embedding_dropout=0.0)
+    decoder = config.decoder()
+    assert (decoder.dropout, decoder.blocks[0].dropout) == (0.0, 0.1)
+    assert decoder.blocks[0].attention.dropout == 0.2
+    assert GPT2Config.from_hf(config.to_hf()) == config
