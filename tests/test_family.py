@@ -198,9 +198,8 @@ def test_counts_on_the_meta_device(name):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("family", ["qwen3", "skylar"])
-def test_cache_bytes_on_the_meta_device(name, family):
-    config = get_config(name, family=family)
+def test_cache_bytes_on_the_meta_device(name):
+    config = get_config(name)
     for batch_size, n_tokens, dtype in ((1, 100, torch.bfloat16), (3, 4000, torch.float32)):
         cache = KVCache(config, batch_size, n_tokens, dtype=dtype, device="meta")
         assert cache.nbytes == cache_bytes(config, n_tokens, dtype, batch_size)
