@@ -15,10 +15,10 @@ from .attention_backends import MaskMod, Positions, at
 from .cache import validate_kv
 from ..utils.checks import check_int
 
-# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #e610a28a
+# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #34bbc3ed
 @dataclass(frozen=True, kw_only=True)
 class SlidingWindow:
-    """Attend to the last `size` tokens, yourself included, and to the first few.
+    """Attend to the last `size` tokens, the query's own included, and to the first few.
 
     Sink tokens are the first `num_sink_tokens` of the query's own document. Sources:
     Beltagy et al. 2020, section 3.1 (window); Xiao et al. 2023, section 3.2 (sinks).
@@ -36,6 +36,11 @@ class SlidingWindow:
         "Keys that one query attends to at most."
         return self.size + self.num_sink_tokens
 
+    @property
+    def max_cached(self) -> int:
+        "Tokens of one document that a cache keeps at most: all but the next query's own."
+        return self.max_keys - 1
+
     def mask_mod(self, queries: Positions, keys: Positions) -> MaskMod:
         "For `make_mask_mod`: the restriction to the window, beside the causal one."
         def mask_mod(b, h, q_idx, kv_idx):
@@ -47,7 +52,7 @@ class SlidingWindow:
 
         return mask_mod
 
-# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #7b303292
+# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #184cc625
 EMPTY_SLOT = torch.iinfo(torch.int64).max  # cache_position that no query attends to
 
 
@@ -56,8 +61,8 @@ def concat_positions(a: Positions, b: Positions) -> Positions:
     def cat(x: Tensor | None, y: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        rows = max((len(t) for t in (x, y) if t.ndim == 2), default=None)
-        x, y = (t.expand(rows, -1) if rows and t.ndim == 1 else t for t in (x, y))
+        B = max((len(t) for t in (x, y) if t.ndim == 2), default=None)
+        x, y = (t.expand(B, -1) if B and t.ndim == 1 else t for t in (x, y))
         return torch.cat([x, y], dim=-1)
 
     return Positions(
@@ -65,7 +70,7 @@ def concat_positions(a: Positions, b: Positions) -> Positions:
         position_ids=cat(a.position_ids, b.position_ids),
         document_ids=cat(a.document_ids, b.document_ids))
 
-
+# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #b78e5bf9
 def still_visible(
     window: SlidingWindow, tokens: Positions
 ) -> tuple[slice | Tensor, Positions]:  # slots to keep, (n,) or (B, n), and who is there
@@ -74,60 +79,54 @@ def still_visible(
     if S <= near + sinks:
         return slice(None), tokens
     if tokens.cache_position.ndim == tokens.position_ids.ndim == 1 and (
-            tokens.document_ids is None):  # the sinks stand first, the newest last
+            tokens.document_ids is None):  # in order of time, from position 0
         if not sinks:
             return slice(S - near, S), tokens[S - near:]
         steps = torch.arange(S, device=tokens.cache_position.device)
         keep = torch.cat([steps[:sinks], steps[S - near:]])
         return keep, tokens[keep]
-    return _still_visible_rows(window, tokens)
+    return _still_visible_ragged(window, tokens)
 
 
-def _still_visible_rows(
+def _still_visible_ragged(
     window: SlidingWindow, tokens: Positions
 ) -> tuple[Tensor, Positions]:  # (B, n)
-    "The same where sequences differ: a slot that nobody can see any more becomes empty."
-    rows = max(len(t) for t in vars(tokens).values() if t is not None and t.ndim == 2)
-    slot = tokens.cache_position.expand(rows, -1)  # (B, S)
-    position = tokens.position_ids.expand(rows, -1)
-    there = slot != EMPTY_SLOT
-    last = torch.where(there, slot, -1).amax(-1, keepdim=True)  # (B, 1)
-    visible = slot > last - window.size + 1
-    sink = position < window.num_sink_tokens
-    if tokens.document_ids is not None:  # of the newest document: older ones have ended
-        document = tokens.document_ids
-        newest = torch.where(there, slot, -1).argmax(-1, keepdim=True)
-        sink &= document == document.gather(1, newest)
-    visible = there & (visible | sink)
-    score = torch.where(visible, slot, -1)
-    n = min(window.max_keys - 1, slot.shape[-1])
-    keep = score.topk(n, dim=-1).indices.sort(-1).values  # (B, n) in order
-    kept = visible.gather(1, keep)
+    "The same where sequences differ. Sinks of every document: one may be continued."
+    B = max(len(t) for t in vars(tokens).values() if t is not None and t.ndim == 2)
+    slot = tokens.cache_position.expand(B, -1)  # (B, S)
+    position = tokens.position_ids.expand(B, -1)
+    used = slot != EMPTY_SLOT
+    last = torch.where(used, slot, -1).amax(-1, keepdim=True)  # (B, 1)
+    visible = used & ((slot > last + 1 - window.size) | (position < window.num_sink_tokens))
+    n = int(visible.sum(-1).max())  # of the sequence with most
+    keep = torch.where(visible, slot, -1).topk(n).indices.sort(-1).values  # (B, n) in order
+    documents = tokens.document_ids
     return keep, Positions(
-        cache_position=torch.where(kept, slot.gather(1, keep), EMPTY_SLOT),
+        cache_position=torch.where(visible, slot, EMPTY_SLOT).gather(1, keep),
         position_ids=position.gather(1, keep),
-        document_ids=None if tokens.document_ids is None
-        else tokens.document_ids.gather(1, keep))
+        document_ids=None if documents is None else documents.gather(1, keep))
 
-# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #d4078409
+# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #e5450b78
 @dataclass(frozen=True, eq=False, kw_only=True)
 class WindowSlots:
     "What a forward pass does with the slots of a sliding window."
 
     keys: Positions  # of the tokens that `write` returns: those held, then the new ones
     keep: slice | Tensor  # which of them are held afterwards: (n,) or (B, n)
-    held: Positions  # and where they stand
+    held: Positions  # and where they are
 
 
 def take_slots(x: Tensor, keep: slice | Tensor) -> Tensor:  # (B, K, S, Dh) -> (B, K, n, Dh)
     "Keys or values of the slots to keep."
-    if isinstance(keep, slice) or keep.ndim == 1:
-        return x[:, :, keep]
-    return x.gather(2, keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    if not isinstance(keep, slice) and keep.ndim == 2:
+        return x.gather(2, keep[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    kept = x[:, :, keep]
+    # a slice is a view: without a copy, all keys of a long prompt would stay in memory
+    return kept.clone() if 2 * kept.shape[2] < x.shape[2] else kept
 
-# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #f1c82705
+# %% ../../nbs/01_gqa_rope/02_sliding_window.ipynb #209547dd
 class SlidingWindowCache:
-    "Concatenate what is held and what is new; keep what a later token can still see."
+    "Concatenate what is held and what is new; keep what a later token can still attend to."
 
     def __init__(
         self,
@@ -142,14 +141,15 @@ class SlidingWindowCache:
         self.keys = torch.empty(batch_size, n_kv_heads, 0, d_head, dtype=dtype, device=device)
         self.values = self.keys.clone()
         self.held: Positions | None = None  # of the tokens held; None: no token yet
-        self.pending = None  # what is held once the forward pass has succeeded
+        self.dropped = False  # some token is no longer held: no way back
+        self.pending = None  # all four, once the forward pass has succeeded
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
     def locate(self, queries: Positions, keys: Positions, new: slice | Tensor) -> WindowSlots:
-        "Which tokens the new ones, `queries`, get to see, and which are kept afterwards."
+        "Which tokens the new ones, `queries`, attend to, and which are kept afterwards."
         tokens = queries if self.held is None else concat_positions(self.held, queries)
         keep, held = still_visible(self.window, tokens)
         return WindowSlots(keys=tokens, keep=keep, held=held)
@@ -163,39 +163,41 @@ class SlidingWindowCache:
         validate_kv(k, v, self.keys)
         if self.keys.shape[2]:
             k, v = torch.cat([self.keys, k], dim=2), torch.cat([self.values, v], dim=2)
-        self.pending = take_slots(k, slots.keep), take_slots(v, slots.keep), slots.held
+        dropped = self.dropped or len(slots.held) < len(slots.keys)
+        self.pending = take_slots(k, slots.keep), take_slots(v, slots.keep), slots.held, dropped
         return k, v
 
     def commit(self) -> None:
         if self.pending is not None:
-            self.keys, self.values, self.held = self.pending
+            self.keys, self.values, self.held, self.dropped = self.pending
             self.pending = None
 
     def crop(
         self,
         lengths: Tensor,  # (B,) tokens to keep of each sequence
-        held: Tensor,  # (B,) tokens read
+        read: Tensor,  # (B,) tokens read so far
     ) -> None:
         "Forget later tokens; `ValueError` if the window has dropped what would be seen then."
         self.pending = None
         if not lengths.any():
             self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
-            self.held = None
-        elif bool((lengths < held).any()):
-            self._go_back(lengths, int(held.max()))
+            self.held, self.dropped = None, False
+        elif bool((lengths < read).any()):
+            self._go_back(lengths)
 
-    def _go_back(self, lengths: Tensor, n_read: int) -> None:
-        if n_read > self.keys.shape[2]:
+    def _go_back(self, lengths: Tensor) -> None:
+        if self.dropped:
             raise ValueError(
-                f"cannot crop from {n_read} to {lengths.tolist()} tokens: a window of "
-                f"{self.window.size} has dropped what came before; reset() and read again")
-        slot, length = self.held.cache_position, lengths.to(self.keys.device)
-        if (lengths == lengths[0]).all() and slot.ndim == 1:
+                f"cannot crop to {lengths.tolist()} tokens: a window of {self.window.size} "
+                "has dropped what came before; reset() and read again")
+        slot = self.held.cache_position
+        if slot.ndim == 1 and bool((lengths == lengths[0]).all()):
             n = int(lengths[0])
             self.keys, self.values = self.keys[:, :, :n], self.values[:, :, :n]
             self.held = self.held[:n]
             return
-        slot = torch.where(slot < length[:, None], slot, EMPTY_SLOT)  # (B, n)
+        length = lengths.to(slot.device)[:, None]  # (B, 1)
+        slot = torch.where(slot < length, slot, EMPTY_SLOT)  # (B, n)
         self.held = Positions(
             cache_position=slot, position_ids=self.held.position_ids.expand_as(slot),
             document_ids=self.held.document_ids)
