@@ -473,6 +473,83 @@ def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+class Texts:
+    """What a cache should hold: for each sequence its ids and documents, as plain lists."""
+
+    def __init__(self, model, seed):
+        self.model, self.pick = model, random.Random(seed)
+        self.cache = cache_of(model, 3, self.pick.choice([None, MAX_LEN]))
+        self.ids, self.documents = [[] for _ in range(3)], [[] for _ in range(3)]
+        self.with_documents = False
+
+    def read(self):
+        longest = max(map(len, self.ids))
+        n = min(self.pick.choice([1, 1, 2, 7, 20]), MAX_LEN - longest)
+        if n < 1:
+            return
+        if longest == 0:
+            self.with_documents = self.pick.random() < 0.5
+        new = torch.randint(61, (len(self.ids), n))
+        documents = None
+        if self.with_documents and (longest == 0 or self.pick.random() < 0.7):
+            documents = torch.randint(4, (len(self.ids), 1)).expand(-1, n).clone()
+            documents[:, n // 2:] += torch.randint(2, (len(self.ids), 1))
+        logits = self.model(new, document_ids=documents, cache=self.cache)
+        for b, found in enumerate(logits):
+            last = (self.documents[b] or [0])[-1]
+            self.documents[b] += [last] * n if documents is None else documents[b].tolist()
+            self.ids[b] += new[b].tolist()
+            ids, ds = (torch.tensor([x[b]]) for x in (self.ids, self.documents))
+            ds = ds if self.with_documents else None
+            expected = self.model(ids, document_ids=ds)[0, -n:]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+    def crop(self):
+        lengths = [self.pick.randint(max(0, len(text) - 6), len(text)) for text in self.ids]
+        try:
+            self.cache.crop(torch.tensor(lengths))
+        except ValueError as error:
+            assert "has dropped" in str(error)
+            return
+        self.keep(range(len(self.ids)), lengths)
+
+    def reset(self):
+        self.cache.reset()
+        self.keep(range(len(self.ids)), [0] * len(self.ids))
+
+    def reorder(self):
+        order = self.pick.choices(range(len(self.ids)), k=self.pick.randint(1, 4))
+        self.cache.reorder(torch.tensor(order))
+        self.keep(order, [len(self.ids[i]) for i in order])
+
+    def keep(self, order, lengths):
+        for name in ("ids", "documents"):
+            held = getattr(self, name)
+            setattr(self, name, [held[i][:n] for i, n in zip(order, lengths)])
+
+    def interrupt(self):
+        if max(map(len, self.ids)) + 3 > MAX_LEN:
+            return
+        layer = self.model.model.layers[1]
+        layer.forward = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            self.model(torch.randint(61, (len(self.ids), 3)), cache=self.cache)
+        del layer.forward
+
+
+@pytest.mark.parametrize("layers", [["mha", "gqa"], ["window, sinks", "gqa", "window"]])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_operations(layers, seed):
+    """Read, crop each sequence, reorder, reset, interrupt: as every sequence alone."""
+    torch.manual_seed(seed)
+    blocks = tuple(BlockConfig(attention=LAYERS[name], ffn=MLPConfig(d_ff=D)) for name in layers)
+    texts = Texts(build(blocks, LearnedPositionsConfig(max_len=MAX_LEN)), seed)
+    for _ in range(30):
+        kinds = ["read"] * 6 + ["crop"] * 3 + ["reorder", "interrupt", "interrupt", "reset"]
+        getattr(texts, texts.pick.choice(kinds))()
+        assert texts.cache.lengths.tolist() == [len(text) for text in texts.ids]
+
+
 # --- refusals: one clear line, and nothing has changed ---
 
 

@@ -21,6 +21,14 @@ from .sliding_window import SlidingWindow, SlidingWindowCache
 from ..utils.checks import check_int, check_probability
 
 # %% ../../nbs/01_gqa_rope/03_gqa.ipynb #36d454fa
+def _check_heads(H: int, K: int | None) -> None:
+    check_int(n_heads=H)
+    if K is not None and (K < 1 or H % K):
+        raise ValueError(
+            f"n_kv_heads={K} does not divide n_heads={H}: each key-value head serves "
+            "the same number of query heads; choose a divisor")
+
+
 def _check_rope_width(d_head: int, rope: RoPEConfig | None) -> None:
     if rope is not None and d_head % 2:
         raise ValueError(f"d_head={d_head} is odd: RoPE rotates pairs; give an even width, "
@@ -45,12 +53,7 @@ class GQAConfig:
     dropout: float = 0.0  # probability of dropping an attention weight while training
 
     def __post_init__(self):
-        H, K = self.n_heads, self.n_kv_heads
-        check_int(n_heads=H)
-        if K is not None and (K < 1 or H % K):
-            raise ValueError(
-                f"n_kv_heads={K} does not divide n_heads={H}: each key-value head serves "
-                "the same number of query heads; choose a divisor")
+        _check_heads(self.n_heads, self.n_kv_heads)
         if self.d_head is not None:
             check_int(d_head=self.d_head)
             _check_rope_width(self.d_head, self.rope)
@@ -84,14 +87,7 @@ class GQAConfig:
         _, K, Dh = self.head_sizes(d_model)
         return 2 * K * Dh * self.n_cached(n_tokens) * itemsize
 
-    def cache(
-        self,
-        d_model: int,
-        batch_size: int,
-        capacity: int | None = None,  # tokens a sequence that are to fit; None: any number
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ):
+    def cache(self, d_model: int, batch_size: int, capacity=None, dtype=None, device=None):
         "What a `KVCache` holds for this layer: with a window only what is still visible."
         if self.window is None:
             return layer_cache(self, d_model, batch_size, capacity, dtype, device)
@@ -100,11 +96,7 @@ class GQAConfig:
 
 # %% ../../nbs/01_gqa_rope/03_gqa.ipynb #1b5d66b3
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention in which each key-value head serves a group of query heads.
-
-    With rotary positions, normalized queries and keys, and a sliding window if so
-    configured. Query heads 0 .. G-1 share key-value head 0, as in Hugging Face's Llama.
-    """
+    "Causal self-attention; query heads 0 .. G-1 share key-value head 0, as in HF's Llama."
 
     def __init__(self, config: GQAConfig, d_model: int):
         super().__init__()
@@ -114,27 +106,19 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, K * Dh, bias=config.bias)
         self.v_proj = nn.Linear(d_model, K * Dh, bias=config.bias)
         self.o_proj = nn.Linear(H * Dh, d_model, bias=config.bias)
-        norm = config.qk_norm
-        self.q_norm = norm.build(Dh) if norm else None
-        self.k_norm = norm.build(Dh) if norm else None
+        self.q_norm = config.qk_norm.build(Dh) if config.qk_norm else None
+        self.k_norm = config.qk_norm.build(Dh) if config.qk_norm else None
         self.rotary = config.rope.build(Dh) if config.rope else None
 
-    def prepare(
-        self,
-        x: Tensor,  # (B, T, D)
-        queries: Positions | None = None,  # of the T tokens; None: one document a sequence
-        keys: Positions | None = None,  # of the S tokens they may attend to; None: queries
-        backend: str = "auto",
-        slots=None,  # where a cache writes
-    ) -> AttentionInputs:
-        "What all layers with this config share in one forward pass: mask and rotary tables."
+    def prepare(self, x: Tensor, queries: Positions | None = None,
+                keys: Positions | None = None, backend="auto", slots=None) -> AttentionInputs:
+        "What all layers with this config share: see `MultiHeadAttention.prepare`."
         queries = Positions.of(x) if queries is None else queries
         mask = prepare_mask(
             x, queries, queries if keys is None else keys, self.config.window, backend,
             dropout=self.config.dropout if self.training else 0.0)
-        cos_sin = None
-        if self.rotary is not None:
-            cos_sin = self.rotary(queries.position_ids, compute_dtype(x))
+        positions, dtype = queries.position_ids, compute_dtype(x)
+        cos_sin = None if self.rotary is None else self.rotary(positions, dtype)
         return AttentionInputs(mask=mask, cos_sin=cos_sin, slots=slots)
 
     def forward(
@@ -164,8 +148,7 @@ class GroupedQueryAttention(nn.Module):
         for linear in (self.q_proj, self.k_proj, self.v_proj):
             init_linear(linear, init_std)
         init_linear(self.o_proj, residual_std)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                norm.init_weights()
+        for norm in filter(None, (self.q_norm, self.k_norm)):
+            norm.init_weights()
         if self.rotary is not None:
             self.rotary.reset_parameters()
