@@ -1,6 +1,6 @@
-"""A model that remembers says what it says when it reads everything again.
+"""A model with a cache computes what it computes when it reads everything again.
 
-The oracle throughout: the same model, without a cache, on the whole sequence.
+The reference throughout: the same model, without a cache, on the whole sequence.
 """
 
 import random
@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from skylar.layers.attention import AttentionConfig
-from skylar.layers.block import BlockConfig, LayerNormConfig, MLPConfig
-from skylar.layers.cache import GrowingCache, KVCache, LayerCache, layer_cache
-from skylar.layers.gqa import GQAConfig, Window
-from skylar.layers.norm import RMSNormConfig
+from skylar.layers.attention_backends import Positions
+from skylar.layers.block import BlockConfig
+from skylar.layers.cache import DynamicLayerCache, KVCache, StaticLayerCache, layer_cache
+from skylar.layers.gqa import GQAConfig
+from skylar.layers.mlp import MLPConfig
+from skylar.layers.norm import LayerNormConfig, RMSNormConfig
 from skylar.layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
-from skylar.models.decoder import CausalLM, DecoderConfig, _tokens, gpt2
+from skylar.layers.sliding_window import SlidingWindow
+from skylar.models.decoder import CausalLM, DecoderConfig, cache_bytes, flops_per_token
 
 D, MAX_LEN = 48, 96
 MHA = AttentionConfig(n_heads=4)
@@ -25,9 +28,11 @@ LAYERS = {
     "mqa": GQAConfig(n_heads=4, n_kv_heads=1, d_head=16),
     "gqa, no rope": GQAConfig(n_heads=4, n_kv_heads=2, rope=None, bias=True),
     "gqa, qk-norm": GQAConfig(n_heads=6, n_kv_heads=3, d_head=10, qk_norm=RMSNormConfig()),
-    "window": GQAConfig(n_heads=4, n_kv_heads=2, window=Window(size=7)),
-    "window, sinks": GQAConfig(n_heads=4, n_kv_heads=2, window=Window(size=5, sinks=2)),
+    "window": GQAConfig(n_heads=4, n_kv_heads=2, window=SlidingWindow(size=7)),
+    "window, sinks": GQAConfig(
+        n_heads=4, n_kv_heads=2, window=SlidingWindow(size=5, num_sink_tokens=2)),
 }
+FULL = [name for name in LAYERS if "window" not in name]
 POSITIONS = {
     "none": None,
     "learned": LearnedPositionsConfig(max_len=MAX_LEN),
@@ -82,7 +87,7 @@ def no_grad():
         yield
 
 
-@pytest.mark.parametrize("capacity", [None, 40], ids=["growing", "static"])
+@pytest.mark.parametrize("capacity", [None, 40], ids=["dynamic", "static"])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_cached_is_uncached(layer, positions, capacity):
@@ -146,7 +151,7 @@ def test_bfloat16(layer):
 
 
 def padded(rows, side):
-    """Rows of unlike length as one batch (B, T), and its mask: 1 = a token, 0 = padding."""
+    """Sequences of unlike length as one batch (B, T), and its mask: 1 = a token, 0 = padding."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), 7)
     mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -163,7 +168,7 @@ def rows_of(model, *lengths):
 @pytest.mark.parametrize("capacity", [None, 60])
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_left_padded_batch_is_one_row_at_a_time(layer, positions, capacity):
+def test_left_padded_batch_is_each_sequence_alone(layer, positions, capacity):
     model = build(LAYERS[layer], POSITIONS[positions])
     rows = rows_of(model, 3, 17, 40, 1)
     ids, mask = padded(rows, "left")
@@ -172,9 +177,9 @@ def test_left_padded_batch_is_one_row_at_a_time(layer, positions, capacity):
         assert torch.equal(found[40 - len(row):], greedy(model, row[None], 20)[0])
 
 
-@pytest.mark.parametrize("layer", [n for n in LAYERS if "window" not in n])
-def test_right_padded_batch_is_one_row_at_a_time(layer):
-    """Behind right padding a token's place must be told: it does not follow the last one."""
+@pytest.mark.parametrize("layer", FULL)
+def test_right_padded_documents_are_each_sequence_alone(layer):
+    """Without `crop`, a token behind right padding needs its position and its document."""
     model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
     rows = rows_of(model, 3, 17, 40, 1)
     ids, mask = padded(rows, "right")
@@ -213,17 +218,162 @@ def test_the_last_document_goes_on_by_itself():
     torch.testing.assert_close(torch.cat([first, rest], 1), expected, rtol=0, atol=1e-11)
 
 
-def test_given_positions_are_remembered():
-    """Sinks look at the position of old keys: the cache must have kept it."""
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_earlier_document_goes_on(layer):
+    """Right padding is a document between two parts of another; sinks belong to the first."""
+    model = build(LAYERS[layer])
+    ids = ids_of(model, 2, 50)
+    documents = torch.tensor([[1] * 12 + [0] * 8 + [1] * 30, [1] * 20 + [0] * 0 + [1] * 30])
+    positions = torch.stack([
+        torch.tensor([*range(12), *range(8), *range(12, 42)]), torch.arange(50)])
+    how = dict(position_ids=positions, document_ids=documents)
+    expected = model(ids, **how)
+    for chunks in ([20] + [1] * 30, [20, 7, 1, 22]):
+        logits = read(model, ids, cache_of(model, 2), chunks, **how)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("positions", [
+    [range(80), range(79, -1, -1)],
+    [[*range(10)] * 8, [*range(20)] * 4],  # packed as transformers does, without documents
+])
+def test_given_positions_are_kept(positions):
+    """Sinks are chosen by the position of old keys: the cache must have kept it."""
     model = build(LAYERS["window, sinks"])
-    ids = ids_of(model, 2, 80)
-    positions = torch.stack([torch.arange(80), torch.arange(80).flip(0)])
+    ids, positions = ids_of(model, 2, 80), torch.tensor([list(row) for row in positions])
     logits = read(model, ids, cache_of(model, 2), [7] + [1] * 73, position_ids=positions)
     expected = model(ids, position_ids=positions)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
 
 
-# --- going back, changing rows ---
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
+@pytest.mark.parametrize("layer", ["mha", "window, sinks"])
+def test_documents_and_positions_of_any_dtype(layer, dtype):
+    model = build(LAYERS[layer])
+    ids, mask = padded(rows_of(model, 9, 20), "left")
+    expected = model(ids, document_ids=mask)
+    logits = read(model, ids, cache_of(model, 2), [12, 1, 7], document_ids=mask.to(dtype))
+    torch.testing.assert_close(logits[1], expected[1], rtol=0, atol=1e-11)
+    torch.testing.assert_close(logits[0, 11:], expected[0, 11:], rtol=0, atol=1e-11)
+    if dtype == torch.int32:
+        steps = torch.arange(20, dtype=dtype).expand(2, -1)
+        logits = read(model, ids, cache_of(model, 2), [12, 1, 7], position_ids=steps)
+        torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-11)
+
+
+# --- a length for each sequence ---
+
+
+def lengths_for(layer):
+    """Of four prompts: within the window, else going back is refused."""
+    return (3, 6, 1, 5) if "window" in layer else (3, 17, 40, 1)
+
+
+def ragged(model, rows, capacity=None):
+    """A cache that has read `rows`, right-padded and cropped; the last logits of each."""
+    ids, mask = padded(rows, "right")
+    cache, lengths = cache_of(model, len(rows), capacity), mask.sum(1)
+    logits = model(ids, cache=cache)[torch.arange(len(rows)), lengths - 1]
+    cache.crop(lengths)
+    assert torch.equal(cache.lengths, lengths) and cache.max_length == max(lengths)
+    return cache, logits
+
+
+@pytest.mark.parametrize("capacity", [None, 60], ids=["dynamic", "static"])
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ragged_batch_is_each_sequence_alone(layer, positions, capacity):
+    model = build(LAYERS[layer], POSITIONS[positions])
+    rows = rows_of(model, *lengths_for(layer))
+    cache, logits = ragged(model, rows, capacity)
+    new = []
+    for _ in range(20):
+        new.append(logits.argmax(-1, keepdim=True))  # (B, 1)
+        logits = model(new[-1], cache=cache)[:, -1]
+    for row, found in zip(rows, torch.cat(new, dim=1)):
+        assert torch.equal(found, greedy(model, row[None], 20)[0, len(row):])
+    assert cache.lengths.tolist() == [len(row) + 20 for row in rows]
+    with pytest.raises(ValueError, match="differ in length"):
+        _ = cache.length
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_ragged_batch_in_chunks(layer, seed):
+    """Several tokens at a time, and logits at every position."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    rows = rows_of(model, *lengths_for(layer))
+    cache, _ = ragged(model, rows)
+    new = ids_of(model, len(rows), 30, seed=seed)
+    logits = read(model, new, cache, chunkings(30, seed)[-1])
+    for row, more, found in zip(rows, new, logits):
+        expected = model(torch.cat([row, more])[None])[0, len(row):]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", FULL)
+def test_ragged_batch_goes_back_and_is_reordered(layer):
+    """As speculative decoding does: every sequence keeps another number of new tokens."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    rows = rows_of(model, 3, 17, 40, 1)
+    cache, _ = ragged(model, rows)
+    guess = ids_of(model, 4, 8, seed=1)
+    model(guess, cache=cache)
+    keep = torch.tensor([0, 8, 3, 5])
+    cache.crop(torch.tensor([3, 17, 40, 1]) + keep)
+    texts = [torch.cat([row, more[:n]]) for row, more, n in zip(rows, guess, keep.tolist())]
+    order = [2, 0, 0, 3, 1]
+    cache.reorder(torch.tensor(order))
+    assert cache.lengths.tolist() == [len(texts[i]) for i in order]
+    new = ids_of(model, 5, 20, seed=2)
+    logits = read(model, new, cache, [1, 4, 15])
+    for i, more, found in zip(order, new, logits):
+        expected = model(torch.cat([texts[i], more])[None])[0, len(texts[i]):]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_sequence_may_be_emptied(layer):
+    """A finished sequence of the batch makes room for another text."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    ids = ids_of(model, 2, 5)
+    for documents in (None, torch.ones_like(ids)):
+        cache = cache_of(model, 2)
+        model(ids, document_ids=documents, cache=cache)
+        cache.crop(torch.tensor([0, 5]))
+        new = ids_of(model, 2, 30, seed=4)
+        logits = read(model, new, cache, [10] + [1] * 20)
+        torch.testing.assert_close(logits[:1], model(new[:1]), rtol=0, atol=1e-11)
+        expected = model(torch.cat([ids[1:], new[1:]], 1))[:, 5:]
+        torch.testing.assert_close(logits[1:], expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("capacity", [None, 60])
+def test_unwritten_memory_is_never_attended_to(capacity):
+    """Slots that no token was written to have weight 0, and 0 times nan is nan."""
+    model = build(MHA, dtype=torch.float32)
+    rows = rows_of(model, 2, 30)
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with nan
+    try:
+        cache, _ = ragged(model, rows, capacity)
+        logits = read(model, ids_of(model, 2, 20, seed=1), cache, [1] * 20)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert logits.isfinite().all()
+
+
+def test_lengths_that_were_handed_out_stay():
+    model = build(MHA)
+    cache = cache_of(model, 2)
+    model(ids_of(model, 2, 5), cache=cache)
+    before = cache.lengths
+    model(ids_of(model, 2, 3), cache=cache)
+    assert before.tolist() == [5, 5] and cache.lengths.tolist() == [8, 8]
+    cache.crop(before)
+    assert cache.length == 5
+
+
+# --- going back, reordering ---
 
 
 @pytest.mark.parametrize("capacity", [None, 50])
@@ -253,12 +403,12 @@ def test_reset_forgets_everything(layer):
             greedy(model, ids, 20, cache, document_ids=mask), padded_answer)
         cache.reset()
         assert torch.equal(greedy(model, ids, 20, cache), greedy(model, ids, 20))
-    assert cache.nbytes == memory
+    assert cache.nbytes == memory or "window" in layer
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rows", [[1, 0, 2], [2, 2, 2], [0], [1, 1, 0, 2, 0]])
-def test_reorder_moves_rows(layer, rows):
+def test_reorder_moves_sequences(layer, rows):
     model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
     ids, mask = padded(rows_of(model, 20, 9, 14), "left")
     cache = cache_of(model, 3, 40)
@@ -273,7 +423,7 @@ def test_reorder_moves_rows(layer, rows):
 
 
 def test_one_prompt_many_answers():
-    """The prompt is read once, its memory copied for each answer."""
+    """The prompt is read once, its keys and values copied for each continuation."""
     model = build(MHA)
     prompt, answers = ids_of(model, 1, 20), ids_of(model, 5, 12, seed=2)
     cache = cache_of(model, 1)
@@ -284,24 +434,120 @@ def test_one_prompt_many_answers():
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("part", ["self_attn", "mlp"])
 @pytest.mark.parametrize("first", [True, False], ids=["prefill", "decode"])
-@pytest.mark.parametrize("layer", ["mha", "gqa"])
-def test_an_interrupted_call_leaves_nothing(layer, first, monkeypatch):
-    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_interrupted_call_leaves_nothing(layer, first, part, monkeypatch):
+    """Raised in the middle of a pass, when some layers have written and others have not."""
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN), n_layers=3)
     ids = ids_of(model, 2, 40)
     cache = cache_of(model, 2, 40)
     done = [] if first else [model(ids[:, :10], cache=cache)]
     with monkeypatch.context() as patch:
-        patch.setattr(model.model.layers[1], "forward", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model(ids_of(model, 2, 8, seed=3), cache=cache)
+        patch.setattr(getattr(model.model.layers[1], part), "forward", interrupt)
+        for n in (8, 1):
+            with pytest.raises(KeyboardInterrupt):
+                model(ids_of(model, 2, n, seed=3), cache=cache)
     assert cache.length == (0 if first else 10)
     done.append(read(model, ids[:, cache.length:], cache, [5] + [1] * (35 - cache.length)))
     torch.testing.assert_close(torch.cat(done, 1), model(ids), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_interrupted_ragged_call_leaves_nothing(layer, monkeypatch):
+    model = build(LAYERS[layer], LearnedPositionsConfig(max_len=MAX_LEN))
+    rows = rows_of(model, *lengths_for(layer))
+    cache, _ = ragged(model, rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[1], "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids_of(model, 4, 6, seed=3), cache=cache)
+    new = ids_of(model, 4, 12)
+    logits = read(model, new, cache, [2, 1, 9])
+    for row, more, found in zip(rows, new, logits):
+        expected = model(torch.cat([row, more])[None])[0, len(row):]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
 def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
+
+
+class Texts:
+    """What a cache should hold: for each sequence its ids and documents, as plain lists."""
+
+    def __init__(self, model, seed):
+        self.model, self.pick = model, random.Random(seed)
+        self.cache = cache_of(model, 3, self.pick.choice([None, MAX_LEN]))
+        self.ids, self.documents = [[] for _ in range(3)], [[] for _ in range(3)]
+        self.with_documents = False
+
+    def read(self):
+        longest = max(map(len, self.ids))
+        n = min(self.pick.choice([1, 1, 2, 7, 20]), MAX_LEN - longest)
+        if n < 1:
+            return
+        if longest == 0:
+            self.with_documents = self.pick.random() < 0.5
+        new = torch.randint(61, (len(self.ids), n))
+        documents = None
+        if self.with_documents and (longest == 0 or self.pick.random() < 0.7):
+            documents = torch.randint(4, (len(self.ids), 1)).expand(-1, n).clone()
+            documents[:, n // 2:] += torch.randint(2, (len(self.ids), 1))
+        logits = self.model(new, document_ids=documents, cache=self.cache)
+        for b, found in enumerate(logits):
+            last = (self.documents[b] or [0])[-1]
+            self.documents[b] += [last] * n if documents is None else documents[b].tolist()
+            self.ids[b] += new[b].tolist()
+            ids, ds = (torch.tensor([x[b]]) for x in (self.ids, self.documents))
+            ds = ds if self.with_documents else None
+            expected = self.model(ids, document_ids=ds)[0, -n:]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+    def crop(self):
+        lengths = [self.pick.randint(max(0, len(text) - 6), len(text)) for text in self.ids]
+        try:
+            self.cache.crop(torch.tensor(lengths))
+        except ValueError as error:
+            assert "has dropped" in str(error)
+            return
+        self.keep(range(len(self.ids)), lengths)
+
+    def reset(self):
+        self.cache.reset()
+        self.keep(range(len(self.ids)), [0] * len(self.ids))
+
+    def reorder(self):
+        order = self.pick.choices(range(len(self.ids)), k=self.pick.randint(1, 4))
+        self.cache.reorder(torch.tensor(order))
+        self.keep(order, [len(self.ids[i]) for i in order])
+
+    def keep(self, order, lengths):
+        for name in ("ids", "documents"):
+            held = getattr(self, name)
+            setattr(self, name, [held[i][:n] for i, n in zip(order, lengths)])
+
+    def interrupt(self):
+        if max(map(len, self.ids)) + 3 > MAX_LEN:
+            return
+        layer = self.model.model.layers[1]
+        layer.forward = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            self.model(torch.randint(61, (len(self.ids), 3)), cache=self.cache)
+        del layer.forward
+
+
+@pytest.mark.parametrize("layers", [["mha", "gqa"], ["window, sinks", "gqa", "window"]])
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_operations(layers, seed):
+    """Read, crop each sequence, reorder, reset, interrupt: as every sequence alone."""
+    torch.manual_seed(seed)
+    blocks = tuple(BlockConfig(attention=LAYERS[name], ffn=MLPConfig(d_ff=D)) for name in layers)
+    texts = Texts(build(blocks, LearnedPositionsConfig(max_len=MAX_LEN)), seed)
+    for _ in range(30):
+        kinds = ["read"] * 6 + ["crop"] * 3 + ["reorder", "interrupt", "interrupt", "reset"]
+        getattr(texts, texts.pick.choice(kinds))()
+        assert texts.cache.lengths.tolist() == [len(text) for text in texts.ids]
 
 
 # --- refusals: one clear line, and nothing has changed ---
@@ -312,7 +558,7 @@ def wrong_batch(model, cache):
 
 
 def broadcastable_batch(model, cache):
-    """One row would quietly be copied to both."""
+    """One sequence would silently be copied to both."""
     model(ids_of(model, 1, 2), cache=cache)
 
 
@@ -354,6 +600,22 @@ def crop_below_nothing(model, cache):
     cache.crop(-1)
 
 
+def crop_one_too_far(model, cache):
+    cache.crop(torch.tensor([3, 11]))
+
+
+def crop_of_another_batch(model, cache):
+    cache.crop(torch.tensor([3, 3, 3]))
+
+
+def reorder_by_none(model, cache):
+    cache.reorder(torch.tensor([], dtype=torch.long))
+
+
+def reorder_by_a_stranger(model, cache):
+    cache.reorder(torch.tensor([0, 2]))
+
+
 REFUSALS = {
     wrong_batch: "batch",
     broadcastable_batch: "batch",
@@ -364,8 +626,12 @@ REFUSALS = {
     wrong_dtype: "bfloat16.*float64",
     another_model: "config",
     with_gradients: "no_grad",
-    crop_forward: "holds 10",
-    crop_below_nothing: "holds 10",
+    crop_forward: "holds .10, 10",
+    crop_below_nothing: "holds .10, 10",
+    crop_one_too_far: "holds .10, 10",
+    crop_of_another_batch: "3 lengths for a cache of 2 sequences",
+    reorder_by_none: "cannot reorder 2 sequences",
+    reorder_by_a_stranger: r"cannot reorder 2 sequences by .0, 2",
 }
 
 
@@ -392,11 +658,28 @@ def test_wrong_batch_with_documents_is_refused():
         model(ids[:2], cache=cache)
 
 
+def test_no_room_is_said_before_anything_is_written():
+    """In a ragged batch, too, and with documents; then the rest is read exactly."""
+    model = build(MHA, LearnedPositionsConfig(max_len=MAX_LEN))
+    rows = rows_of(model, 3, 17)
+    cache, _ = ragged(model, rows, capacity=20)
+    memory = [layer.keys.clone() for layer in cache]
+    with pytest.raises(ValueError, match="17 cached and 4 new.*capacity=20"):
+        model(ids_of(model, 2, 4), cache=cache)
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(cache, memory))
+    assert cache.lengths.tolist() == [3, 17]
+    new = ids_of(model, 2, 3)
+    logits = model(new, cache=cache)
+    for row, more, found in zip(rows, new, logits):
+        expected = model(torch.cat([row, more])[None])[0, len(row):]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"batch_size": 1, "capacity": 0}])
 def test_impossible_sizes(sizes):
     name, value = list(sizes.items())[-1]
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        KVCache(gpt2(n_layers=1), **sizes)
+        KVCache(build(MHA).config, **sizes)
 
 
 def test_longer_than_the_model_is_refused():
@@ -421,13 +704,36 @@ def test_bytes_by_formula(heads, kv_heads, d_head, dtype):
     assert KVCache(config, B, S, dtype, "meta").nbytes == formula  # without the memory
 
 
-def test_growing_holds_at_most_twice_what_it_needs():
-    cache = GrowingCache(1, 2, 4, capacity=1)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_cache_bytes_are_what_caches_hold(layer):
+    """By the layers' own account, with windows that keep what a later token attends to."""
+    model = build((BlockConfig(attention=LAYERS[layer], ffn=MLPConfig(d_ff=D)),
+                   BlockConfig(attention=MHA, ffn=MLPConfig(d_ff=D))), dtype=torch.float32)
+    for n_tokens in (4, 50):
+        cache = cache_of(model, 3, capacity=n_tokens)
+        model(ids_of(model, 3, n_tokens), cache=cache)
+        assert cache.nbytes == cache_bytes(model.config, n_tokens, torch.float32, batch_size=3)
+
+
+def test_a_window_costs_less():
+    full, near = (build(LAYERS[name]).config for name in ("gqa", "window"))
+    assert flops_per_token(near, 50) < flops_per_token(full, 50)
+    assert flops_per_token(near, 7) == flops_per_token(full, 7)  # the window is not yet full
+    L, H, Dh = 2, 4, 12
+    saved = flops_per_token(full, 50) - flops_per_token(near, 50)
+    assert saved == 3 * L * 4 * H * Dh * (50 - 7)  # forward and backward: 3 times
+    assert cache_bytes(near, 50) < cache_bytes(full, 50)
+
+
+def test_dynamic_cache_holds_at_most_twice_what_it_needs():
+    cache, steps = DynamicLayerCache(1, 2, 4, capacity=1), Positions.of(torch.empty(1, 300, 1))
     k, moves, where = torch.zeros(1, 2, 1, 4), 0, cache.keys.data_ptr()
     for n in range(1, 300):
-        tokens = type("Tokens", (), {"past": None})
-        keys, values, _ = cache.update(k + n, k - n, tokens)
+        new = slice(n - 1, n)
+        slots = cache.locate(steps[new], steps[:n], new)
+        keys, values = cache.write(k + n, k - n, slots)
         moves, where = moves + (cache.keys.data_ptr() != where), cache.keys.data_ptr()
+        keys, values = cache.keys[:, :, :n], cache.values[:, :, :n]
         assert keys[0, 1, :, 2].tolist() == list(range(1, n + 1))
         assert values[0, 1, :, 2].tolist() == list(range(-1, -n - 1, -1))
         assert cache.keys.shape[2] <= max(2 * n, 1)
@@ -446,30 +752,34 @@ class Ops(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_plain_token_costs_the_cache_one_slice():
+def test_a_plain_token_copies_nothing_but_itself():
     model = build(MHA)
     cache = cache_of(model, 2, 40)
     model(ids_of(model, 2, 10), cache=cache)
-    tokens = _tokens(model.config, ids_of(model, 2, 1), None, None, None)
     with Ops() as ops:
-        assert cache.documents_with(None, 1) is None
-        past = cache.read(tokens).past
-    assert ops.names == ["slice"]
-    assert past.index.tolist() == list(range(11)) and past.documents is None
+        queries, keys, new = cache.begin(1)
+        slots = cache[0].locate(queries, keys, new)
+    assert not {"copy_", "clone", "cat", "scatter_", "arange", "pad"} & set(ops.names)
+    assert keys.cache_position.tolist() == list(range(11)) and keys.document_ids is None
+    assert queries.position_ids.tolist() == [10] and new == slice(10, 11)
     k = torch.zeros(2, 4, 1, 12, dtype=torch.float64)
     with Ops() as ops:
-        cache[0].update(k, k, tokens)
+        cache[0].write(k, k, slots)
     assert set(ops.names) <= {"slice", "copy_"} and ops.names.count("copy_") == 2
 
 
 def test_the_prompt_is_read_as_without_a_cache():
-    """First call: same tokens object, so that the causal kernel without a mask can run."""
+    """First call: the same tensors, so that the causal kernel without a mask can run."""
     model = build(MHA)
     cache = cache_of(model, 2, 40)
-    tokens = _tokens(model.config, ids_of(model, 2, 10), None, None, cache)
+    queries, keys, new = cache.begin(10)
+    slots = cache[0].locate(queries, keys, new)
     k = torch.zeros(2, 4, 10, 12, dtype=torch.float64)
-    keys, _, seen = cache[0].update(k, k, tokens)
-    assert keys is k and seen is tokens
+    found, _ = cache[0].write(k, k, slots)
+    assert found is k
+    inputs = model.model.layers[0].self_attn.prepare(
+        torch.zeros(2, 10, D, dtype=torch.float64), queries, slots.keys, slots=slots)
+    assert inputs.mask.dense is None
 
 
 def test_compiled_without_a_cache():
@@ -505,11 +815,11 @@ def test_an_attention_config_may_bring_its_own_cache():
     model = build(Own(n_heads=4))
     cache = KVCache(model.config, 2, 40, torch.float64)
     assert made == [(D, 2, 40, torch.float64, None)] * 2
-    assert len(cache) == 2 and isinstance(cache[1], LayerCache)
+    assert len(cache) == 2 and isinstance(cache[1], StaticLayerCache)
 
 
 def test_all_layers_go_back_or_none():
-    """A window that has already forgotten what it would need keeps the others as they were."""
+    """A window that has already dropped what it would need keeps the others as they were."""
     blocks = tuple(
         BlockConfig(attention=a, ffn=MLPConfig(d_ff=D), norm=LayerNormConfig())
         for a in (MHA, LAYERS["window"], MHA))
@@ -518,7 +828,7 @@ def test_all_layers_go_back_or_none():
     first = read(model, ids[:, :30], cache, [20] + [1] * 10)
     with pytest.raises(ValueError):
         cache.crop(12)
-    assert [layer.length for layer in cache] == [30, 30, 30]
+    assert cache.length == 30
     rest = read(model, ids[:, 30:], cache, [10])
     torch.testing.assert_close(torch.cat([first, rest], 1), model(ids), rtol=0, atol=1e-11)
 
@@ -539,7 +849,7 @@ def test_made_under_autocast(layer):
 
 
 def test_a_cache_of_another_depth_is_refused():
-    shallow, deep = (gpt2(vocab_size=11, d_model=8, n_heads=2, n_layers=n) for n in (1, 2))
-    for config, other in ((shallow, deep), (deep, shallow)):
+    shallow, deep = (build(MHA, n_layers=n) for n in (1, 2))
+    for model, other in ((shallow, deep), (deep, shallow)):
         with pytest.raises(ValueError, match=r"cache is for \d layers, the model has \d"):
-            CausalLM(config)(torch.zeros(1, 3, dtype=torch.long), cache=KVCache(other, 1, 8))
+            model(torch.zeros(1, 3, dtype=torch.long), cache=cache_of(other))

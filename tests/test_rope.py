@@ -17,10 +17,10 @@ from skylar.layers.rope import (
     RoPEConfig,
     YaRNScaling,
     apply_rope,
-    deinterleave,
-    interleave,
-    plain_frequencies,
+    compute_inv_freq,
+    from_interleaved,
     read_scaling,
+    to_interleaved,
     write_scaling,
 )
 
@@ -73,8 +73,8 @@ def test_tables_equal_transformers(kind):
         reference = theirs(parameters, theta, d_head)
         ours = RoPEConfig(theta=theta, scaling=read_scaling(parameters)).build(d_head)
         case = (parameters, theta, d_head)
-        assert torch.equal(ours.frequencies, reference.inv_freq), case
-        assert ours.magnitude == reference.attention_scaling, case
+        assert torch.equal(ours.inv_freq, reference.inv_freq), case
+        assert ours.attention_scaling == reference.attention_scaling, case
         positions = torch.randint(FARTHEST + 1, (2, 9))
         for dtype in (torch.float32, torch.bfloat16):
             expected = reference(torch.empty(0, dtype=dtype), positions)
@@ -88,14 +88,14 @@ def test_tables_equal_transformers(kind):
 def test_ntk_equals_transformers_dynamic_at_a_fixed_length(factor, d_head):
     """Their dynamic kind with factor 1, asked for `factor` times the length, is static NTK."""
     reference = theirs({"rope_type": "dynamic", "factor": 1.0}, 10_000.0, d_head, max_len=64)
-    frequencies, magnitude = llama.ROPE_INIT_FUNCTIONS["dynamic"](
+    inv_freq, attention_factor = llama.ROPE_INIT_FUNCTIONS["dynamic"](
         reference.config, seq_len=int(64 * factor)
     )
     scaling = NTKScaling(factor=factor)
     torch.testing.assert_close(
-        scaling.frequencies(10_000.0, d_head), frequencies, rtol=1e-7, atol=0
+        scaling.inv_freq(10_000.0, d_head), inv_freq, rtol=1e-7, atol=0
     )
-    assert scaling.magnitude == magnitude
+    assert scaling.attention_scaling == attention_factor
 
 
 def test_ntk_is_a_plain_model_with_another_theta():
@@ -103,7 +103,7 @@ def test_ntk_is_a_plain_model_with_another_theta():
     scaling = NTKScaling(factor=4.0)
     theta = scaling.effective_theta(10_000.0, 64)
     ours = RoPEConfig(scaling=scaling).build(64)
-    assert torch.equal(ours.frequencies, theirs({"rope_type": "default"}, theta, 64).inv_freq)
+    assert torch.equal(ours.inv_freq, theirs({"rope_type": "default"}, theta, 64).inv_freq)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "ntk", "yarn", "llama3"])
@@ -177,14 +177,14 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="d_head=2"):
         RoPEConfig(scaling=NTKScaling(factor=2.0)).build(2)
     with pytest.raises(ValueError, match="n_heads=3"):
-        interleave(torch.zeros(8, 4), 3)
+        to_interleaved(torch.zeros(8, 4), 3)
     with pytest.raises(ValueError, match="even width"):
-        deinterleave(torch.zeros(6, 4), 2)
+        from_interleaved(torch.zeros(6, 4), 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 17, 64), (3, 5, 2, 96)])
-def test_turn_and_gradients_equal_transformers(dtype, shape):
+def test_rotation_and_gradients_equal_transformers(dtype, shape):
     torch.manual_seed(0)
     positions = torch.randint(FARTHEST + 1, (shape[0], shape[2]))
     q, g = torch.randn(2, *shape).to(dtype)
@@ -206,14 +206,14 @@ def test_half_precision_stays_near_float32():
     tables = RoPEConfig().build(64)(positions)
     exact = apply_rope(x, *tables)
     error = (apply_rope(x.bfloat16(), *tables).float() - exact).abs()
-    assert error.max() < 2**-5 and error.square().mean().sqrt() < 2**-8  # as near as at place 0
+    assert error.max() < 2**-5 and error.square().mean().sqrt() < 2**-8  # as near as at position 0
 
 
-def neighbours(x, cos, sin):
+def neighbors(x, cos, sin):
     """The other convention, with Python's own complex product: (2i, 2i+1) is a pair."""
     half = x.shape[-1] // 2
-    hands = torch.view_as_complex(rearrange(x, "... (i pair) -> ... i pair", pair=2).contiguous())
-    return torch.view_as_real(hands * torch.complex(cos, sin)[..., :half]).flatten(-2)
+    z = torch.view_as_complex(rearrange(x, "... (i pair) -> ... i pair", pair=2).contiguous())
+    return torch.view_as_real(z * torch.complex(cos, sin)[..., :half]).flatten(-2)
 
 
 @pytest.mark.parametrize(
@@ -229,28 +229,28 @@ def test_conventions_give_equal_scores(n_heads, n_kv_heads, d_head):
         torch.nn.init.normal_(norm.weight)
         weights[name] = (torch.randn(heads * d_head, 24), torch.randn(heads * d_head), norm, heads)
 
-    def scores(turn, reorder):
-        turned = []
+    def scores(rotate, reorder):
+        rotated = []
         for weight, bias, norm, heads in weights.values():
             out = x @ reorder(weight, heads).T + reorder(bias, heads)
             out = rearrange(out, "b t (h d) -> b h t d", h=heads)
             out = out * out.square().mean(-1, keepdim=True).add(norm.eps).rsqrt()
-            turned.append(turn(out * reorder(norm.weight.detach(), 1), *tables))
-        q, k = turned
+            rotated.append(rotate(out * reorder(norm.weight.detach(), 1), *tables))
+        q, k = rotated
         return q @ k.repeat_interleave(n_heads // n_kv_heads, dim=1).mT
 
     ours = scores(apply_rope, lambda w, heads: w)
-    theirs = scores(neighbours, interleave)
+    theirs = scores(neighbors, to_interleaved)
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
     if d_head > 2:  # a single pair has only one order
-        unordered = scores(neighbours, lambda w, heads: w)
+        unordered = scores(neighbors, lambda w, heads: w)
         assert not torch.allclose(unordered, ours, atol=0.5)
 
 
 def test_reordering_is_undone():
     weight = torch.randn(3 * 10, 7)
-    assert torch.equal(deinterleave(interleave(weight, 3), 3), weight)
-    assert torch.equal(interleave(deinterleave(weight, 3), 3), weight)
+    assert torch.equal(from_interleaved(to_interleaved(weight, 3), 3), weight)
+    assert torch.equal(to_interleaved(from_interleaved(weight, 3), 3), weight)
 
 
 def test_reordering_equals_the_permutation_of_llama_conversion():
@@ -261,7 +261,7 @@ def test_reordering_equals_the_permutation_of_llama_conversion():
         return w.transpose(1, 2).reshape(dim1, dim2)
 
     meta = torch.randn(4 * 16, 24)
-    assert torch.equal(deinterleave(meta, 4), permute(meta, 4, 64, 24))
+    assert torch.equal(from_interleaved(meta, 4), permute(meta, 4, 64, 24))
 
 
 @pytest.mark.parametrize(
@@ -281,11 +281,11 @@ def test_only_distance_counts(scaling):
     torch.testing.assert_close(scores(64), scores(0), rtol=0, atol=1e-3)
 
 
-def test_magnitude_multiplies_scores_twice():
+def test_attention_scaling_multiplies_queries_and_keys():
     scaling = YaRNScaling(factor=1, original_max_position_embeddings=64, attention_factor=1.5)
     x = torch.randn(1, 1, 10, 16)
-    plain, loud = (RoPEConfig(scaling=s).build(16)(torch.arange(10)) for s in (None, scaling))
-    torch.testing.assert_close(apply_rope(x, *loud), 1.5 * apply_rope(x, *plain))
+    plain, scaled = (RoPEConfig(scaling=s).build(16)(torch.arange(10)) for s in (None, scaling))
+    torch.testing.assert_close(apply_rope(x, *scaled), 1.5 * apply_rope(x, *plain))
 
 
 def test_far_positions_in_float32():
@@ -303,7 +303,7 @@ def test_frequencies_survive_half_precision(dtype):
     rotary = RoPEConfig(theta=500_000.0).build(64)
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), rotary).to(dtype)
     assert module[0].weight.dtype == dtype
-    assert torch.equal(rotary.frequencies, plain_frequencies(500_000.0, 64))
+    assert torch.equal(rotary.inv_freq, compute_inv_freq(500_000.0, 64))
     assert rotary(torch.arange(3))[0].dtype == torch.float32
 
 
@@ -311,9 +311,9 @@ def test_built_on_meta_and_filled_later():
     config = RoPEConfig(scaling=Llama3Scaling(factor=8, original_max_position_embeddings=64))
     with torch.device("meta"):
         rotary = config.build(32)
-    assert rotary.frequencies.is_meta
+    assert rotary.inv_freq.is_meta
     rotary.to_empty(device="cpu").reset_parameters()
-    assert torch.equal(rotary.frequencies, config.build(32).frequencies)
+    assert torch.equal(rotary.inv_freq, config.build(32).inv_freq)
     assert not rotary.state_dict()
 
 
@@ -324,7 +324,7 @@ def test_autocast_leaves_angles_alone():
     assert all(torch.equal(a, b) for a, b in zip(inside, rotary(positions)))
 
 
-def test_batch_of_positions_equals_its_rows():
+def test_batch_of_positions_equals_each_alone():
     rotary, positions = RoPEConfig().build(16), torch.randint(1000, (3, 7))
     cos, sin = rotary(positions)
     assert cos.shape == sin.shape == (3, 1, 7, 16)
@@ -336,13 +336,26 @@ def test_batch_of_positions_equals_its_rows():
 def test_compiles_into_one_graph():
     rotary = RoPEConfig().build(16)
 
-    def turn(x, positions):
+    def rotate(x, positions):
         return apply_rope(x, *rotary(positions, x.dtype))
 
-    compiled = torch.compile(turn, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
     x, g, positions = *torch.randn(2, 2, 2, 9, 16), torch.arange(9)
     x.requires_grad_()
-    for f in (turn, compiled):
-        assert torch.equal(f(x, positions), turn(x, positions))
+    for f in (rotate, compiled):
+        assert torch.equal(f(x, positions), rotate(x, positions))
         (found,) = torch.autograd.grad(f(x, positions), x, g)
-        assert torch.equal(found, torch.autograd.grad(turn(x, positions), x, g)[0])
+        assert torch.equal(found, torch.autograd.grad(rotate(x, positions), x, g)[0])
+
+
+@pytest.mark.parametrize("positions", [torch.arange(9), torch.arange(9).expand(2, 9)])
+def test_no_axis_is_added_to_x(positions):
+    """(B, T, D), heads not yet split, would silently become (1, B, T, D) or (B, B, T, D)."""
+    tables = RoPEConfig().build(16)(positions)
+    for shape in ((2, 9, 16), (9, 16)):
+        with pytest.raises(ValueError, match="split the heads first") as error:
+            apply_rope(torch.randn(shape), *tables)
+        assert "\n" not in str(error.value) and str(shape) in str(error.value)
+    assert apply_rope(torch.randn(2, 3, 9, 16), *tables).shape == (2, 3, 9, 16)
+    cos, sin = (table[0, 0] for table in tables)  # (T, Dh): serves any leading axes
+    assert apply_rope(torch.randn(3, 9, 16), cos, sin).shape == (3, 9, 16)
