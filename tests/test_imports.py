@@ -48,7 +48,7 @@ def test_modules_import_without_the_optional_packages():
 
 def test_classes_of_transformers_say_what_they_need():
     result = without_optional("import skylar.models.auto")
-    assert 'needs transformers: pip install "skylar[lab]"' in result.stderr
+    assert 'needs transformers: pip install "skylar[transformers]"' in result.stderr
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

@@ -293,6 +293,7 @@ def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
     course = lesson.course
     before = course.lessons[: course.lessons.index(lesson)]
     known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz", "skylar"}
+    known |= {f"skylar.{n.module}" for n in course.notebooks if n.path.parent.name == "library"}
     for module, name in lesson.imports:
         if not re.match(r"skylar\b|\.", module):
             continue
