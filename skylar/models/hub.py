@@ -395,7 +395,8 @@ def convert_gguf(
         import gguf
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ImportError(f'{error.name} is missing: pip install "skylar[transformers]"') from None
+        install = 'pip install "skylar[transformers]"'
+        raise ImportError(f"{error.name} is missing: {install}") from None
     file, folder = Path(file), check_empty(folder)
     where = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
     try:

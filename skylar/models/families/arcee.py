@@ -18,6 +18,13 @@ from .common import build_decoder, check_fields, head_width
 from .common import read_llama, require, rope_config, write_llama
 from ..weight_map import TensorMapping, same_names
 
+_DEFAULTS = dict(  # what transformers assumes where config.json is silent
+    vocab_size=32_000, hidden_size=2560, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=None, head_dim=None,
+    intermediate_size=18_432, max_position_embeddings=4096, rms_norm_eps=1e-5,
+    attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
+    initializer_range=0.02)
+
 # %% ../../../nbs/library/family_arcee.ipynb #63e7dc73
 @dataclass(frozen=True, kw_only=True)
 class ArceeConfig:
@@ -72,12 +79,7 @@ class ArceeConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> "ArceeConfig":
         require(hf, hidden_act=("relu2",))
-        return cls(**read_llama(
-            hf, vocab_size=32_000, hidden_size=2560, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=None, head_dim=None,
-            intermediate_size=18_432, max_position_embeddings=4096, rms_norm_eps=1e-5,
-            attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
-            initializer_range=0.02))
+        return cls(**read_llama(hf, **_DEFAULTS))
 
     def weight_map(self) -> list[TensorMapping]:
         return same_names(self.decoder())

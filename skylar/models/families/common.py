@@ -37,7 +37,8 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
     "`ValueError` naming the value, unless it is of the annotated type."
     if not is_instance(value, annotation):
         wanted = getattr(annotation, "__name__", annotation)
-        raise ValueError(f"{name}={value!r} is a {type(value).__name__}; {name} must be {wanted}")
+        given = type(value).__name__
+        raise ValueError(f"{name}={value!r} is a {given}; {name} must be {wanted}")
 
 
 def check_fields(
@@ -178,7 +179,7 @@ def read_rope(hf: dict, length: int, theta: float) -> dict[str, Any]:
 
 
 def write_rope(config: Any) -> dict[str, Any]:
-    "Both notations, and the `max_position_embeddings` from which `read_rope` finds the context."
+    "Both notations, and `max_position_embeddings` as `read_rope` understands it."
     theta, scaling = config.rope_theta, write_scaling(read_scaling(config.rope_scaling))
     length = config.max_seq_len
     if scaling and scaling["rope_type"] == "ntk":  # elsewhere it is but a larger theta

@@ -44,6 +44,37 @@ _OTHER_NAMES = {  # that transformers accepts, too
 }
 
 # %% ../../../nbs/library/family_gpt2.ipynb #09cc9d8a
+def _weight_map(config) -> list[TensorMapping]:
+    "Tensors of a GPT-2 file, in their order there."
+    def norm(theirs: str, ours: str):
+        for part in ("weight", "bias"):
+            yield TensorMapping(name=f"{theirs}.{part}", parameters=(f"{ours}.{part}",))
+
+    def linear(theirs: str, *ours: str):  # Conv1D keeps (in, out)
+        for part in ("weight", "bias"):
+            yield TensorMapping(
+                name=f"{theirs}.{part}", transposed=part == "weight",
+                parameters=tuple(f"{name}.{part}" for name in ours))
+
+    embeddings = {"transformer.wte": "model.embed_tokens",
+                  "transformer.wpe": "model.embed_positions"}
+    found = [TensorMapping(name=f"{theirs}.weight", parameters=(f"{ours}.weight",))
+             for theirs, ours in embeddings.items()]
+    for i in range(config.n_layers):
+        theirs, ours = f"transformer.h.{i}", f"model.layers.{i}"
+        qkv = (f"{ours}.self_attn.{letter}_proj" for letter in "qkv")
+        found += norm(f"{theirs}.ln_1", f"{ours}.input_layernorm")
+        found += linear(f"{theirs}.attn.c_attn", *qkv)
+        found += linear(f"{theirs}.attn.c_proj", f"{ours}.self_attn.o_proj")
+        found += norm(f"{theirs}.ln_2", f"{ours}.post_attention_layernorm")
+        found += linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up_proj")
+        found += linear(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down_proj")
+    found += norm("transformer.ln_f", "model.norm")
+    if not config.tie_embeddings:
+        found.append(TensorMapping(name="lm_head.weight", parameters=("lm_head.weight",)))
+    return found
+
+# %% ../../../nbs/library/family_gpt2.ipynb #f9c77423
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config:
     """GPT-2 (Radford et al. 2019); the defaults are the 124M model.
@@ -114,30 +145,4 @@ class GPT2Config:
         return cls(**found)
 
     def weight_map(self) -> list[TensorMapping]:
-        def norm(theirs: str, ours: str):
-            for part in ("weight", "bias"):
-                yield TensorMapping(name=f"{theirs}.{part}", parameters=(f"{ours}.{part}",))
-
-        def linear(theirs: str, *ours: str):  # Conv1D keeps (in, out)
-            for part in ("weight", "bias"):
-                yield TensorMapping(
-                    name=f"{theirs}.{part}", transposed=part == "weight",
-                    parameters=tuple(f"{name}.{part}" for name in ours))
-
-        embeddings = {"transformer.wte": "model.embed_tokens",
-                      "transformer.wpe": "model.embed_positions"}
-        found = [TensorMapping(name=f"{theirs}.weight", parameters=(f"{ours}.weight",))
-                 for theirs, ours in embeddings.items()]
-        for i in range(self.n_layers):
-            theirs, ours = f"transformer.h.{i}", f"model.layers.{i}"
-            qkv = (f"{ours}.self_attn.{letter}_proj" for letter in "qkv")
-            found += norm(f"{theirs}.ln_1", f"{ours}.input_layernorm")
-            found += linear(f"{theirs}.attn.c_attn", *qkv)
-            found += linear(f"{theirs}.attn.c_proj", f"{ours}.self_attn.o_proj")
-            found += norm(f"{theirs}.ln_2", f"{ours}.post_attention_layernorm")
-            found += linear(f"{theirs}.mlp.c_fc", f"{ours}.mlp.up_proj")
-            found += linear(f"{theirs}.mlp.c_proj", f"{ours}.mlp.down_proj")
-        found += norm("transformer.ln_f", "model.norm")
-        if not self.tie_embeddings:
-            found.append(TensorMapping(name="lm_head.weight", parameters=("lm_head.weight",)))
-        return found
+        return _weight_map(self)

@@ -18,6 +18,13 @@ from .common import build_decoder, check_fields, head_width
 from .common import read_llama, require, rope_config, write_llama
 from ..weight_map import TensorMapping, same_names
 
+_DEFAULTS = dict(  # what transformers assumes where config.json is silent
+    vocab_size=32_000, hidden_size=4096, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=None, head_dim=None,
+    intermediate_size=11_008, max_position_embeddings=2048, rms_norm_eps=1e-6,
+    attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
+    initializer_range=0.02)
+
 # %% ../../../nbs/library/family_llama3.ipynb #9cc33015
 @dataclass(frozen=True, kw_only=True)
 class Llama3Config:
@@ -72,12 +79,7 @@ class Llama3Config:
     @classmethod
     def from_hf(cls, hf: dict) -> "Llama3Config":
         require(hf, hidden_act=("silu", "swish"))
-        return cls(**read_llama(
-            hf, vocab_size=32_000, hidden_size=4096, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=None, head_dim=None,
-            intermediate_size=11_008, max_position_embeddings=2048, rms_norm_eps=1e-6,
-            attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
-            initializer_range=0.02))
+        return cls(**read_llama(hf, **_DEFAULTS))
 
     def weight_map(self) -> list[TensorMapping]:
         return same_names(self.decoder())

@@ -18,6 +18,13 @@ from .common import build_decoder, check_fields, head_width
 from .common import read_llama, require, rope_config, write_llama
 from ..weight_map import TensorMapping, same_names
 
+_DEFAULTS = dict(  # what transformers assumes where config.json is silent
+    vocab_size=151_936, hidden_size=4096, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, head_dim=128,
+    intermediate_size=22_016, max_position_embeddings=32_768, rms_norm_eps=1e-6,
+    attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
+    initializer_range=0.02)
+
 # %% ../../../nbs/library/family_qwen3.ipynb #d7fba361
 @dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
@@ -69,12 +76,7 @@ class Qwen3Config:
     @classmethod
     def from_hf(cls, hf: dict) -> "Qwen3Config":
         require(hf, hidden_act=("silu", "swish"))
-        return cls(**read_llama(
-            hf, vocab_size=151_936, hidden_size=4096, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=32, head_dim=128,
-            intermediate_size=22_016, max_position_embeddings=32_768, rms_norm_eps=1e-6,
-            attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
-            initializer_range=0.02))
+        return cls(**read_llama(hf, **_DEFAULTS))
 
     def weight_map(self) -> list[TensorMapping]:
         return same_names(self.decoder())
