@@ -325,6 +325,7 @@ def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
     before = course.lessons[: course.lessons.index(lesson)]
     library = [nb for nb in course.notebooks if not nb.numbered and nb.floor <= lesson.floor]
     known = {f"skylar.{nb.module}" for nb in before + library} | {"skylar.viz", "skylar"}
+    known |= {f"skylar.{lesson.module}"}  # cells that it adds to another module may use its own
     for module, name in lesson.imports:
         if not re.match(r"skylar\b|\.", module):
             continue

@@ -133,7 +133,7 @@ class AttentionInputs:
     cos_sin: tuple[Tensor, Tensor] | None = None  # rotary tables of the new tokens
     slots: object = None  # where a cache writes keys and values: what its `locate` returned
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c003
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c003
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -141,7 +141,7 @@ from functools import cache
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from ..utils.checks import check_choice
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c023
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c023
 def sdpa_causal(
     q: Tensor,  # (B, H, T, Dh)
     k: Tensor,  # (B, K, T, Dh)
@@ -154,7 +154,7 @@ def sdpa_causal(
     return F.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c025
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c025
 def to_additive_mask(
     mask: Tensor,  # bool, True = attend
     dtype: torch.dtype,  # of the scores it is added to
@@ -171,7 +171,7 @@ def sdpa_dense(
         q, k, v, attn_mask=mask.dense, dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1])
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c028
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c028
 def single_query_attention(
     q: Tensor,  # (B, H, 1, Dh) one new token
     k: Tensor,  # (B, K, S, Dh) all tokens so far
@@ -202,7 +202,7 @@ def _bf16_single_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 def _is_cpu_bf16(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c032
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c032
 @cache
 def _compiled_flex() -> Callable:
     return torch.compile(flex_attention)
@@ -224,7 +224,7 @@ def flex(
     kernel = flex_attention if inside or q.device.type == "cpu" else _compiled_flex()
     return kernel(q, k, v, block_mask=mask.blocks, enable_gqa=q.shape[1] != k.shape[1])
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c042
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c042
 TILE = 128  # queries that the tiled CPU kernel computes together
 
 
@@ -259,7 +259,7 @@ def _tile_mask(
     mask = mask_mod(b, b.new_zeros(()), q_idx, kv_idx)
     return mask if mask.ndim == 3 else mask[None]
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c045
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c045
 def _attention_probs(
     q: Tensor,  # (R, H, c, Dh)
     k: Tensor,  # (R, K, S, Dh)
@@ -287,7 +287,7 @@ def _iter_tiles(q: Tensor, masks: list[Tensor], spans: Tensor) -> Iterator[tuple
             yield (rows, slice(None), queries), (rows, slice(None), slice(first, end)), (
                 mask[..., first:end])
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c047
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c047
 @torch.library.custom_op("skylar::tiled_attention", mutates_args=(), device_types="cpu")
 def _tiled(
     q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], spans: Tensor
@@ -305,7 +305,7 @@ def _empty_output(q, k, v, masks, spans):
     B, H, T, _ = q.shape
     return q.new_empty(B, T, H, v.shape[-1]).transpose(1, 2)  # heads side by side
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c048
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c048
 @torch.library.custom_op(
     "skylar::tiled_attention_backward", mutates_args=(), device_types="cpu")
 def _tiled_backward(
@@ -341,7 +341,7 @@ def _backward(ctx, grad):
 
 _tiled.register_autograd(_backward, setup_context=_save_for_backward)
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c049
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c049
 def cpu_tiled(
     q: Tensor,  # (B, H, T, Dh)
     k: Tensor,  # (B, K, S, Dh)
@@ -362,7 +362,7 @@ def _group_rows(spans: Tensor, q: Tensor, k: Tensor) -> Tensor:  # (tiles, group
     first, end = spans.expand(-1, B, -1).unflatten(1, (-1, size)).unbind(-1)
     return torch.stack([first.amin(-1), end.amax(-1)], dim=-1)
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #67a330fe
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #67a330fe
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, dropout: float = 0.0
 ) -> Tensor:  # (B, H, T, Dv)
@@ -372,7 +372,7 @@ def reference_attention(
     weights = scores.masked_fill(~mask.dense, -math.inf).softmax(-1)
     return F.dropout(weights, dropout) @ v
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #95e12be9
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #95e12be9
 BACKENDS = {
     "reference": reference_attention,
     "sdpa_causal": sdpa_causal,
@@ -396,7 +396,7 @@ def all_visible(queries: Positions, keys: Positions, window=None) -> bool:
         return False
     return window is None or len(keys) <= window.size + window.num_sink_tokens
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c056
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c056
 def select_backend(
     requested: str,  # one of CHOICES
     x: Tensor,  # (B, T, D) what goes into the layer
@@ -442,7 +442,7 @@ def _tiles_pay(x: Tensor, dtype: torch.dtype, training: bool, causal: bool) -> b
         return training or (T >= 2 * TILE and large)
     return not causal and T >= 2 * TILE
 
-# %% ../../nbs/01_gqa_rope/04_masks.ipynb #c057
+# %% ../../nbs/01_gqa_rope/04_attention_backends.ipynb #c057
 def prepare_mask(
     x: Tensor,  # (B, T, D) what goes into the layer
     queries: Positions,  # T of them

@@ -90,8 +90,9 @@ def get_config(
 
 # %% ../../nbs/01_gqa_rope/06_family.ipynb #c052
 _CLASSES = {kind.__name__: kind for kind in (
-    *FAMILIES, DecoderConfig, BlockConfig, AttentionConfig, GQAConfig, SlidingWindow, RoPEConfig,
-    LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling, LayerNormConfig, RMSNormConfig,
+    *FAMILIES, DecoderConfig, BlockConfig, AttentionConfig, GQAConfig, SlidingWindow,
+    RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling, LayerNormConfig,
+    RMSNormConfig,
     MLPConfig, SwiGLUConfig, ReLU2Config, LearnedPositionsConfig, SinusoidalPositionsConfig)}
 
 
