@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from skylar.training.loss import linear_cross_entropy, next_token_loss
+from skylar.training.loss import NextTokenObjective, cross_entropy, linear_cross_entropy
 
 OPTIONS = [{}, {"z_loss": 1e-2}, {"softcap": 3.0}, {"z_loss": 1e-2, "softcap": 3.0}]
 
@@ -156,13 +156,13 @@ def test_objective_sums_over_targets_and_passes_what_the_batch_has():
     torch.manual_seed(0)
     model, ids = Stub(), torch.randint(11, (2, 5))
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    loss, n, metrics = next_token_loss(model, {"input_ids": ids, "labels": labels})
+    loss, n, metrics = NextTokenObjective(model)({"input_ids": ids, "labels": labels})
     logits = model.lm_head(model.embed(ids))
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert n == 8 and metrics == {} and model.calls == [(None, None)]
     packed = {"input_ids": ids, "labels": labels, "position_ids": ids, "document_ids": ids}
-    next_token_loss(model, packed)
+    NextTokenObjective(model)(packed)
     assert model.calls[1] == (ids, ids)
 
 
