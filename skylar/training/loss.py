@@ -40,50 +40,53 @@ def _chunk_loss(
     return loss
 
 # %% ../../nbs/00_transformer/10_fused_loss.ipynb #c035
+def _scaled(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
+    "`upstream * grad` in `dtype`, as a tensor of its own: the stored one may be needed again."
+    if grad is None or grad.dtype == dtype:
+        return grad if grad is None else grad * upstream
+    on_cpu = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    fresh = grad.to(dtype)
+    return fresh if on_cpu and upstream == 1 else fresh.mul_(upstream)
+
 class _LinearCrossEntropy(torch.autograd.Function):
     "Summed cross-entropy of `hidden @ weight.T`; makes its gradients going forward."
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, valid, dtype, chunk, z_loss, softcap):
+    def forward(ctx, hidden, weight, labels, valid, dtype, chunk, block, z_loss, softcap):
         h, w = hidden.to(dtype), weight.to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=wide)
-        grad_h = torch.zeros_like(hidden) if need_h else None
-        grad_w = share = None
-        if need_w:
-            grad_w = torch.zeros_like(weight, dtype=wide)
-            share = torch.empty_like(w)  # what one chunk adds to it,
-            room = share if dtype == wide else torch.empty_like(grad_w)  # and that in fp32
-        rows = min(chunk, len(h))
-        logits = w.new_empty(rows, len(w))  # (C, V) used again by every chunk
-        x = logits if dtype == wide else torch.empty_like(logits, dtype=wide)
+        grad_h = torch.empty_like(h) if need_h else None
+        grad_w = None
+        logits = w.new_empty(min(chunk, len(h)), len(w))  # (C, V) used again by every chunk
+        x = w.new_empty(min(block, len(logits)), len(w), dtype=wide)  # and by every block
         p = torch.empty_like(x)
         for i in range(0, len(h), chunk):
-            part = slice(i, i + chunk)
-            n = len(h[part])
-            torch.mm(h[part], w.T, out=logits[:n])
-            loss = loss + _chunk_loss(  # += compiles to wrong gradients in PyTorch 2.11
-                logits[:n], x[:n], p[:n], labels[part], valid[part], z_loss, softcap
-            )
+            rows = h[i:i + chunk]
+            g = torch.mm(rows, w.T, out=logits[:len(rows)])
+            for j in range(0, len(rows), block):
+                n, at = len(g[j:j + block]), slice(i + j, i + min(j + block, len(rows)))
+                loss = loss + _chunk_loss(  # += compiles to wrong gradients in PyTorch 2.11
+                    g[j:j + n], x[:n], p[:n], labels[at], valid[at], z_loss, softcap
+                )
             if need_h:
-                grad_h[part] = logits[:n] @ w
+                torch.mm(g, w, out=grad_h[i:i + chunk])
             if need_w:
-                torch.mm(logits[:n].T, h[part], out=share)
-                grad_w += share if room is share else room.copy_(share)
+                share = g.T @ rows
+                only = len(h) <= chunk  # one chunk: nothing to add up in fp32
+                grad_w = share if only else share.to(wide) if i == 0 else grad_w.add_(share)
+        if need_w and grad_w is None:
+            grad_w = torch.zeros_like(weight)
         ctx.save_for_backward(grad_h, grad_w)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        grad_h, grad_w = ctx.saved_tensors
-        if grad_h is not None:
-            grad_h = (grad_h * upstream).to(grad_h.dtype)
-        if grad_w is not None:
-            grad_w = (grad_w * upstream).to(ctx.weight_dtype)
-        return grad_h, grad_w, None, None, None, None, None, None
+        grads = [_scaled(g, upstream, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        return *grads, None, None, None, None, None, None, None
 
 # %% ../../nbs/00_transformer/10_fused_loss.ipynb #c037
 def linear_cross_entropy(
@@ -91,7 +94,7 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, D) of the vocabulary projection
     labels: Tensor,  # (N,) target ids
     *,
-    chunk: int = 256,  # rows whose logits live at the same time
+    chunk: int = 1024,  # rows whose logits live at the same time
     z_loss: float = 0.0,  # adds z_loss * logsumexp^2 to each row's loss
     softcap: float | None = None,  # logits become softcap * tanh(logits / softcap)
     ignore_index: int = -100,  # rows with this label count for nothing
@@ -106,8 +109,10 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     labels, valid = (rearrange(x, "n -> n 1") for x in (labels, valid))
+    # small blocks are for a CPU's cache; elsewhere they would be many small kernels
+    block = 32 if device == "cpu" and not torch.compiler.is_compiling() else 256
     loss = _LinearCrossEntropy.apply(
-        hidden, weight, labels, valid, dtype, chunk, z_loss, softcap
+        hidden, weight, labels, valid, dtype, chunk, block, z_loss, softcap
     )
     return loss, n_valid
 
