@@ -94,7 +94,7 @@ def linear_cross_entropy(
     weight: Tensor,  # (V, D) of the vocabulary projection
     labels: Tensor,  # (N,) target ids
     *,
-    chunk: int = 1024,  # rows whose logits live at the same time
+    chunk: int = 512,  # rows whose logits live at the same time
     z_loss: float = 0.0,  # adds z_loss * logsumexp^2 to each row's loss
     softcap: float | None = None,  # logits become softcap * tanh(logits / softcap)
     ignore_index: int = -100,  # rows with this label count for nothing
