@@ -293,3 +293,206 @@ def test_quiet_prints_nothing():
     with redirect_stdout(out):
         trainer([batch()]).train()
     assert out.getvalue() == ""
+
+
+# --- contracts ---
+
+
+class Tuple(NextToken):
+    def forward(self, batch):
+        return tuple(super().forward(batch))
+
+
+class Mean(NextToken):
+    def forward(self, batch):
+        loss, n, metrics = super().forward(batch)
+        return LossOutput(loss / n, n, metrics)
+
+
+class Tensor(NextToken):
+    def forward(self, batch):
+        return super().forward(batch).loss_sum
+
+
+class Each(NextToken):
+    def forward(self, batch):
+        return super().forward(batch)._replace(loss_sum=torch.ones(4))
+
+
+@pytest.mark.parametrize(("objective", "line"), [
+    (Tuple, "the objective returned a tuple; an objective is a module that keeps the model"),
+    (Tensor, "the objective returned a Tensor; an objective"),
+    (Mean, "same for one example and for two: it is a mean"),
+    (Each, r"loss_sum has shape \(4,\)"),
+    (lambda model: lambda batch: None, "the objective is a function; an objective"),
+    (lambda model: model.head, "Linear has no `.model`; an objective"),
+])
+def test_an_objective_that_breaks_its_contract_is_named(objective, line):
+    with pytest.raises(ValueError, match=line) as error:
+        trainer([batch()], objective=objective).train()
+    assert "NextTokenObjective(model)" in str(error.value) or "sum" in str(error.value)
+
+
+def test_a_model_instead_of_an_objective_is_named():
+    model = nn.Module()
+    model.model, model.lm_head = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Module is a model; an objective is a module"):
+        Trainer(model, [batch()])
+    with pytest.raises(ValueError, match="is a model"):
+        evaluate(model, [batch()])
+
+
+@pytest.mark.parametrize(("options", "line"), [
+    (dict(optimizer=torch.optim.SGD([torch.zeros(1)], lr=1)), "optimizer is a SGD; give a config"),
+    (dict(optimizer=3e-4), "optimizer is a float; .* such as AdamWConfig"),
+    (dict(schedule=lambda step: 1.0), "schedule is a function; .* such as ScheduleConfig"),
+    (dict(config={"steps": 3}), "config is a dict; give a TrainConfig"),
+])
+def test_wrong_parts_are_named_before_any_work(options, line):
+    with pytest.raises(ValueError, match=line):
+        Trainer(NextToken(Bigram()), [batch()], **options)
+
+
+@pytest.mark.parametrize(("loader", "line"), [
+    (None, "the loader is a NoneType"),
+    ([(1, 2)], "the loader gave a tuple; a batch is a dict of tensors"),
+    ([{"input_ids": [1, 2]}], "the loader gave a dict; a batch is a dict of tensors"),
+])
+def test_a_wrong_loader_or_batch_is_named(loader, line):
+    with pytest.raises(ValueError, match=line):
+        trainer(loader).train()
+
+
+def test_the_checks_leave_dropout_and_random_numbers_as_they_were():
+    torch.manual_seed(0)
+    from skylar.training.objective import check_contract
+    model = Bigram(dropout=0.5).train()
+    before = torch.get_rng_state()
+    check_contract(NextToken(model), batch())
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_refused_unless_frozen(dtype):
+    with pytest.raises(ValueError, match=r"table.weight is (bfloat16|float16): .*model.float\(\)"):
+        trainer([batch()], model=Bigram().to(dtype))
+    model = Bigram()
+    model.table.requires_grad_(False).to(dtype)
+    trainer([batch()], model=model)
+
+
+class SGDConfig:
+    """Not fused: the decision is made on the host."""
+
+    def build(self, model):
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_an_optimizer_that_is_not_fused_does_the_same():
+    t = Trainer(NextToken(Bigram()), [batch(seed=i) for i in range(4)], config(), quiet=True,
+                optimizer=SGDConfig(), schedule=ScheduleConfig(kind="constant", warmup_steps=0))
+    t.train()
+    model = Bigram()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for b in (batch(seed=i) for i in range(4)):
+        F.cross_entropy(model(b["input_ids"]).flatten(0, 1), b["labels"].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights(t), plain, rtol=0, atol=1e-6)
+    bad = Trainer(Broken(Bigram(), set(range(9))), [batch()], config(), quiet=True,
+                  optimizer=SGDConfig())
+    before = weights(bad)
+    bad.train()
+    assert torch.equal(weights(bad), before) and int(bad.train_step.skipped) == 4
+
+
+def test_clipping_equals_torch_through_the_fused_step():
+    t = trainer([batch()], config=config(max_grad_norm=0.01, steps=3))
+    t.train()
+    model = Bigram()
+    optimizer = AdamWConfig(lr=1e-2).build(model)
+    for _ in range(3):
+        b = batch()
+        F.cross_entropy(model(b["input_ids"]).flatten(0, 1), b["labels"].flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.testing.assert_close(weights(t), plain, rtol=0, atol=1e-6)
+
+
+class CountsReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """How often a tensor's number was asked for: on a GPU the host waits each time."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_numbers_are_read_at_log_time_only():
+    t = trainer([batch()], config=config(steps=100, log_every=50))
+    batches = iter([batch()] * 100)
+    with CountsReads() as count:
+        for step in range(20):
+            t.metrics.add(t.train_step(batches, step), 0.1)
+        assert count.reads == 0
+        t.metrics.row(20)
+        assert count.reads > 0
+
+
+def test_metrics_of_the_objective_are_means_over_targets_not_over_batches():
+    data = [batch(seed=i, masked=0.8 * i) for i in range(2)]
+    t = trainer(data, config=config(steps=1, grad_accum_steps=2))
+    right = n = 0
+    model = Bigram()
+    for b in data:
+        hit, count = NextToken(model)(b).metrics["accuracy"]
+        right, n = right + int(hit), n + int(count)
+    assert t.train()[0]["accuracy"] == pytest.approx(right / n)
+
+
+def test_a_callback_stops_and_saves(tmp_path):
+    t = trainer([batch()], config=config(steps=50, log_every=2), out_dir=tmp_path,
+                callbacks=[lambda row: row["step"] >= 6, lambda row: "not True"])
+    assert t.train()[-1]["step"] == 6 == t.step and t.interrupted is None
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000006\n"
+
+
+def test_a_terminal_that_went_away_does_not_stop_the_run(tmp_path, monkeypatch):
+    class Gone(StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    t = trainer([batch()], quiet=False, out_dir=tmp_path)
+    t.train()
+    assert (tmp_path / "checkpoints" / "latest").exists()
+
+
+def test_validation_losses_stay_in_a_terminal_with_the_time_left(monkeypatch):
+    class Terminal(StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", out)
+    trainer([batch()], config=config(steps=30, log_every=1, eval_every=10), quiet=False,
+            eval_loader=[batch(seed=9)]).train()
+    lines = [line for line in out.getvalue().splitlines() if "val loss" in line]
+    assert {f"step{step:>7}" in text for step in (10, 20, 30) for text in [out.getvalue()]} == {True}
+    assert lines and " left" in out.getvalue()
+
+
+def test_ignored_signals_stay_ignored():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)

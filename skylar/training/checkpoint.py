@@ -25,9 +25,9 @@ from ..utils.files import verify_manifest, write_manifest
 # %% auto #0
 __all__ = ['INDEX_CLASSES', 'TENSOR_OVERHEAD', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'IndexUnpickler',
            'SafeReader', 'named_tensors', 'named_moments', 'unwrap_dcp_errors', 'root_cause', 'write_tensors',
-           'read_tensors', 'empty_moments', 'check_shapes', 'checkpoint_bytes', 'verify_checkpoint', 'read_verified',
-           'save_checkpoint', 'list_checkpoints', 'next_save_number', 'publish', 'remove_old', 'find_checkpoint',
-           'follow', 'load_metadata', 'load_state', 'load_weights', 'load_checkpoint']
+           'read_tensors', 'empty_moments', 'check_shapes', 'checkpoint_bytes', 'stored_bytes', 'verify_checkpoint',
+           'read_verified', 'save_checkpoint', 'list_checkpoints', 'next_save_number', 'publish', 'remove_old',
+           'find_checkpoint', 'follow', 'load_metadata', 'load_state', 'load_weights', 'load_checkpoint']
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c008
 def rng_state() -> dict:
@@ -212,6 +212,11 @@ def checkpoint_bytes(model: nn.Module, optimizer=None) -> int:
             sizes += made or [p.nbytes, p.nbytes, 4]
     sizes += [tensor.nbytes for tensor in names.values()]
     return sum(sizes) + TENSOR_OVERHEAD * len(sizes) + 40_000
+
+def stored_bytes(folder: Path | str) -> int:
+    "Bytes of the checkpoints that are in `folder` already: a resumed run replaces them."
+    files = [f for path in list_checkpoints(folder) for f in path.rglob("*") if f.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #e1bbe52d
 REMEDY = "write the name of an older checkpoint into `latest` to go back to it"
