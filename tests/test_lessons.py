@@ -286,18 +286,35 @@ def names_no_machine(lesson: Lesson) -> Iterator[str]:
             yield f"{where(lesson, cell)}: {found[0]}"
 
 
+def with_library(course: Course, known: set[str]) -> set[str]:
+    """`known`, and what the notebooks of nbs/library export that need nothing else.
+
+    Plumbing counts as built as soon as all that it imports is: floor by floor."""
+    library = [nb for nb in course.notebooks if nb.path.parent.name == "library" and nb.module]
+    known = {*known, "skylar"}
+    while True:
+        own = {nb: f"skylar.{nb.module}" for nb in library}
+        ready = {own[nb] for nb in library if not missing_imports(nb, known | {own[nb]})}
+        if ready <= known:
+            return known
+        known |= ready
+
+
+def missing_imports(lesson: Lesson, known: set[str]) -> list[str]:
+    """Modules of skylar that the notebook imports and that are not known."""
+    ours = [pair for pair in lesson.imports if re.match(r"skylar\b|\.", pair[0])]
+    return [m for m, name in ours if m not in known and f"{m}.{name}" not in known]
+
+
 def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
     """A reader who goes from lesson to lesson never meets a part that is not yet built."""
     if not lesson.numbered:
         return
     course = lesson.course
     before = course.lessons[: course.lessons.index(lesson)]
-    known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz", "skylar"}
-    for module, name in lesson.imports:
-        if not re.match(r"skylar\b|\.", module):
-            continue
-        if module not in known and f"{module}.{name}" not in known:
-            yield f"{lesson.name}: imports {module}, which no earlier lesson exports"
+    known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz"}
+    for module in missing_imports(lesson, with_library(course, known)):
+        yield f"{lesson.name}: imports {module}, which no earlier lesson exports"
 
 
 def has_no_star_imports(lesson: Lesson) -> Iterator[str]:
@@ -501,6 +518,12 @@ BREAK: list[tuple[Callable, Callable[[Sandbox], None]]] = [
         imports_only_earlier_lessons,
         lambda s: s.replace(3, "skylar.layers.one import x", "skylar.models import y"),
     ),
+    (
+        imports_only_earlier_lessons,  # plumbing that itself needs a later lesson
+        lambda s: (s.save("nbs/library/tools.ipynb", small_lesson(
+            "Tools", "utils.tools", "from skylar.layers.two import x")),
+            s.replace(3, "skylar.layers.one", "skylar.utils.tools")),
+    ),
     (has_no_star_imports, lambda s: s.replace(3, "import x", "import *")),
     (has_exercises, lambda s: s.edit(drop_solution)),
     (has_exercises, lambda s: s.replace(-1, "check_2(lambda", "print(lambda")),
@@ -516,6 +539,13 @@ def test_good_course_keeps_every_rule(sandbox):
 def test_rule_can_fail(sandbox, rule, damage):
     damage(sandbox)
     assert complaints(Course(sandbox.root), rule)
+
+
+def test_plumbing_counts_as_built_when_all_that_it_imports_is(sandbox):
+    tools = small_lesson("Tools", "utils.tools", "from skylar.layers.one import x")
+    sandbox.save("nbs/library/tools.ipynb", tools)
+    sandbox.replace(3, "skylar.layers.one", "skylar.utils.tools")
+    assert not complaints(Course(sandbox.root), imports_only_earlier_lessons)
 
 
 def test_every_rule_is_shown_to_fail():

@@ -120,7 +120,7 @@ def assert_equal_to(straight, out):
         assert torch.equal(a, b), name
     assert same_rows(rows, straight.metrics.rows)
     assert read_metrics(out / "metrics.jsonl") == rows
-    old, new = straight.optimizer.state_dict(), resumed.optimizer.state_dict()
+    old, new = straight.train_step.optimizer.state_dict(), resumed.train_step.optimizer.state_dict()
     assert old["param_groups"] == new["param_groups"]
     for key, moments in old["state"].items():
         assert all(torch.equal(v, new["state"][key][k]) for k, v in moments.items())
@@ -190,7 +190,7 @@ def test_fit_called_again_after_ctrl_c_goes_on_in_memory(straight, tmp_path):
 
 
 def test_a_finished_run_resumes_to_itself(straight):
-    again = build(straight.out_dir)
+    again = build(straight.checkpoints.folder.parent)
     assert same_rows(again.train(resume=True), straight.metrics.rows)
 
 
@@ -200,7 +200,7 @@ def test_resume_where_nothing_is_starts_at_the_beginning(straight, tmp_path):
 
 def test_a_second_run_does_not_write_over_the_first(straight):
     with pytest.raises(ValueError, match="exists: resume it or choose another out_dir"):
-        build(straight.out_dir).train()
+        build(straight.checkpoints.folder.parent).train()
 
 
 def test_torn_last_line_of_metrics_is_dropped(straight, tmp_path):
@@ -211,7 +211,7 @@ def test_torn_last_line_of_metrics_is_dropped(straight, tmp_path):
 
 
 def test_keeps_the_newest(straight):
-    names = sorted(p.name for p in (straight.out_dir / "checkpoints").iterdir())
+    names = sorted(p.name for p in (straight.checkpoints.folder.parent / "checkpoints").iterdir())
     assert names == ["latest", "step-000018", "step-000020"]
 
 
@@ -225,16 +225,16 @@ def test_random_numbers_go_on():
 
 def test_load_weights_keeps_the_tie(straight):
     model = Tiny()
-    load_weights(straight.out_dir, model)
+    load_weights(straight.checkpoints.folder.parent, model)
     assert torch.equal(model.lm_head.weight, straight.model.lm_head.weight)
     assert model.lm_head.weight is model.embed_tokens.weight
-    assert load_metadata(straight.out_dir) == {"model": {"width": 8}}
+    assert load_metadata(straight.checkpoints.folder.parent) == {"model": {"width": 8}}
 
 
 def test_the_config_decides_the_learning_rate_not_the_checkpoint(straight):
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
-    load_checkpoint(straight.out_dir, model, optimizer)
+    load_checkpoint(straight.checkpoints.folder.parent, model, optimizer)
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -244,7 +244,7 @@ def test_the_config_decides_the_learning_rate_not_the_checkpoint(straight):
 @pytest.fixture
 def run(straight, tmp_path):
     """A copy to be damaged; the newest checkpoint's folder."""
-    shutil.copytree(straight.out_dir, tmp_path / "run")
+    shutil.copytree(straight.checkpoints.folder.parent, tmp_path / "run")
     return tmp_path / "run" / "checkpoints" / "step-000020"
 
 
@@ -461,10 +461,10 @@ def test_a_parameter_without_gradient_resumes_exactly(tmp_path, late):
     assert again.train(resume=True)[-1]["step"] == 20
     for (name, p), q in zip(whole.model.named_parameters(), again.model.parameters()):
         assert torch.equal(p, q), name
-        one, two = whole.optimizer.state.get(p, {}), again.optimizer.state.get(q, {})
+        one, two = whole.train_step.optimizer.state.get(p, {}), again.train_step.optimizer.state.get(q, {})
         assert one.keys() == two.keys(), name
         assert all(torch.equal(v, two[k]) for k, v in one.items()), name
-    assert not again.optimizer.state.get(again.model.idle.weight)
+    assert not again.train_step.optimizer.state.get(again.model.idle.weight)
 
 
 class WithHead(Noisy):
@@ -496,9 +496,9 @@ def test_loading_into_a_model_that_still_has_gradients(straight):
     model = Tiny()
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.tensor([[1, 2]])).sum().backward()
-    load_checkpoint(straight.out_dir, model, optimizer)
+    load_checkpoint(straight.checkpoints.folder.parent, model, optimizer)
     assert torch.equal(model.lm_head.weight, straight.model.lm_head.weight)
-    state = straight.optimizer.state[straight.model.lm_head.weight]
+    state = straight.train_step.optimizer.state[straight.model.lm_head.weight]
     assert torch.equal(optimizer.state[model.lm_head.weight]["exp_avg"], state["exp_avg"])
 
 
@@ -582,11 +582,11 @@ def test_seeded_damage_is_noticed_or_harmless(straight, tmp_path):
     """A byte of a file of the run is changed: one line, or exactly the same run."""
     chance = random.Random(0)
     expected = [p.detach().clone() for p in straight.model.parameters()]
-    files = sorted(p.relative_to(straight.out_dir) for p in straight.out_dir.rglob("*")
+    files = sorted(p.relative_to(straight.checkpoints.folder.parent) for p in straight.checkpoints.folder.parent.rglob("*")
                    if p.is_file() and "step-000018" not in p.parts and p.suffix != ".jsonl")
     for trial in range(40):
         out = tmp_path / str(trial)
-        shutil.copytree(straight.out_dir, out)
+        shutil.copytree(straight.checkpoints.folder.parent, out)
         path = out / chance.choice(files)
         data = bytearray(path.read_bytes())
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -627,7 +627,7 @@ def test_a_tied_matrix_is_stored_once_and_bytes_are_reckoned(tmp_path):
 
 
 def test_existing_checkpoints_are_space_that_a_resume_has(straight):
-    folder = straight.out_dir / "checkpoints"
+    folder = straight.checkpoints.folder.parent / "checkpoints"
     files = [p for p in folder.glob("step-*/**/*") if p.is_file()]
     assert checkpoint.stored_bytes(folder) == sum(p.stat().st_size for p in files) > 0
     assert checkpoint.stored_bytes(folder / "nothing") == 0
@@ -641,8 +641,8 @@ def test_a_changed_setting_is_refused_by_name(straight):
                          (dict(max_grad_norm=0.5), "max_grad_norm 1.0, now it is 0.5"),
                          (dict(seed=1), "seed 42, now it is 1")):
         with pytest.raises(ValueError, match=name):
-            build(straight.out_dir, **change).train(resume=True)
-    other = build(straight.out_dir)
+            build(straight.checkpoints.folder.parent, **change).train(resume=True)
+    other = build(straight.checkpoints.folder.parent)
     other.checkpoints.settings["optimizer"]["lr"] = 1.0
     with pytest.raises(ValueError, match="optimizer.lr 0.0003, now it is 1.0"):
         other.train(resume=True)
@@ -675,7 +675,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("skylar.training.trainer.time.monotonic", clock)
+    monkeypatch.setattr("time.monotonic", clock)
     return clock
 
 
@@ -687,15 +687,17 @@ def test_minutes_end_a_run_by_the_clock_and_a_resume_counts_on(tmp_path, clock):
     first = make()
     first.metrics.callbacks = (lambda row: row["step"] == 40,)
     first.train()
-    assert first.step == 40 and not load_state(tmp_path)["extra"]["finished"]
+    assert first.progress.step == 40
+    assert not load_state(tmp_path)["extra"]["progress"]["finished"]
     clock.now += 5000  # nobody trains while the machine is off
     again = make()
     rows = again.train(resume=True)
-    assert 59 <= again.step <= 61 and rows[-1]["step"] == again.step and "val_loss" in rows[-1]
-    assert load_state(tmp_path)["extra"]["finished"]
+    assert 59 <= again.progress.step <= 61
+    assert rows[-1]["step"] == again.progress.step and "val_loss" in rows[-1]
+    assert load_state(tmp_path)["extra"]["progress"]["finished"]
     lrs = [row["lr"] for row in rows]
     assert max(lrs) > 0.9 * 3e-4 and lrs[-1] < 0.15 * 3e-4  # the schedule ends with the time
-    assert make().train(resume=True)[-1]["step"] == again.step  # finished: nothing to do
+    assert make().train(resume=True)[-1]["step"] == again.progress.step  # finished: nothing to do
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGINT"])

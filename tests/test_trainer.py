@@ -226,7 +226,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
 def test_many_bad_steps_in_a_row_stop_with_one_clear_line():
     t = trainer([batch()], config=config(steps=20, max_nonfinite_steps=3, log_every=1), lr=0.5,
                 objective=lambda model: Broken(model, set(range(5, 20))))
-    with pytest.raises(ValueError, match="3 times in a row, up to step 7: lower lr=0.5"):
+    with pytest.raises(ValueError, match="3 times in a row, up to step 7: lower the learning rate"):
         t.train()
 
 
@@ -237,7 +237,7 @@ def test_an_infinite_gradient_is_skipped_too():
     before = head.detach().clone()
     t.train()
     handle.remove()
-    assert int(t.train_step.skipped) == 4 and torch.equal(head, before)
+    assert int(t.train_step.nonfinite.skipped) == 4 and torch.equal(head, before)
 
 
 def test_empty_loader_is_an_error():
@@ -269,7 +269,7 @@ def test_a_signal_finishes_the_step_saves_and_restores_the_handlers(tmp_path, nu
 
     t = trainer(Loader(), config=config(steps=50, grad_accum_steps=2), out_dir=tmp_path)
     t.train()
-    assert (t.step, t.interrupted) == (3, number)
+    assert (t.progress.step, t.interrupted) == (3, number)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000003\n"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -405,7 +405,7 @@ def test_an_optimizer_that_is_not_fused_does_the_same():
                   optimizer=SGDConfig())
     before = weights(bad)
     bad.train()
-    assert torch.equal(weights(bad), before) and int(bad.train_step.skipped) == 4
+    assert torch.equal(weights(bad), before) and int(bad.train_step.nonfinite.skipped) == 4
 
 
 def test_clipping_equals_torch_through_the_fused_step():
@@ -458,7 +458,7 @@ def test_metrics_of_the_objective_are_means_over_targets_not_over_batches():
 def test_a_callback_stops_and_saves(tmp_path):
     t = trainer([batch()], config=config(steps=50, log_every=2), out_dir=tmp_path,
                 callbacks=[lambda row: row["step"] >= 6, lambda row: "not True"])
-    assert t.train()[-1]["step"] == 6 == t.step and t.interrupted is None
+    assert t.train()[-1]["step"] == 6 == t.progress.step and t.interrupted is None
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000006\n"
 
 

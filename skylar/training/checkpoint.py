@@ -6,6 +6,7 @@
 from __future__ import annotations
 import base64
 import json
+import math
 import os
 import pickle
 import random
@@ -23,11 +24,7 @@ from ..utils.files import atomic_write, fsync_directory, read_json, sha256_file
 from ..utils.files import verify_manifest, write_manifest
 
 # %% auto #0
-__all__ = ['INDEX_CLASSES', 'TENSOR_OVERHEAD', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'IndexUnpickler',
-           'SafeReader', 'named_tensors', 'named_moments', 'unwrap_dcp_errors', 'root_cause', 'write_tensors',
-           'read_tensors', 'empty_moments', 'check_shapes', 'checkpoint_bytes', 'stored_bytes', 'verify_checkpoint',
-           'read_verified', 'save_checkpoint', 'list_checkpoints', 'next_save_number', 'publish', 'remove_old',
-           'find_checkpoint', 'follow', 'load_metadata', 'load_state', 'load_weights', 'load_checkpoint']
+__all__ = ['INDEX_CLASSES', 'TENSOR_OVERHEAD', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'IndexUnpickler', 'SafeReader', 'named_tensors', 'named_moments', 'unwrap_dcp_errors', 'root_cause', 'write_tensors', 'read_tensors', 'empty_moments', 'check_shapes', 'checkpoint_bytes', 'stored_bytes', 'verify_checkpoint', 'read_verified', 'save_checkpoint', 'list_checkpoints', 'next_save_number', 'publish', 'remove_old', 'find_checkpoint', 'follow', 'load_metadata', 'load_state', 'load_weights', 'load_checkpoint', 'check_same', 'check_length', 'check_nothing_lost', 'CheckpointManager']
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c008
 def rng_state() -> dict:
@@ -359,6 +356,7 @@ def load_state(path: Path | str) -> dict:
     "Its step, the loader's position, and under `extra` the Trainer's own counters."
     return read_verified(find_checkpoint(path), "state.json")
 
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #d5906b74
 def load_weights(path: Path | str, model: nn.Module) -> None:
     "Fill `model` with a checkpoint's weights, in place, after verifying every file."
     found = find_checkpoint(path)
@@ -384,3 +382,96 @@ def load_checkpoint(
         loader.load_state_dict(state["loader"])
     set_rng_state(state["rng"])
     return state
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #f0e7ebc6
+from collections.abc import Callable
+
+from .metrics import cut_metrics, read_metrics
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #721fbd72
+def check_same(saved: dict, given: dict, path: Path, prefix: str = "") -> None:
+    "`ValueError` that names the first setting which is not as the checkpoint has it."
+    for key in sorted(saved.keys() & given.keys()):
+        was, now = saved[key], given[key]
+        if isinstance(was, dict) and isinstance(now, dict):
+            check_same(was, now, path, f"{prefix}{key}.")
+        elif was != now:
+            raise ValueError(f"{path} has {prefix}{key} {was}, now it is {now}: use the "
+                             f"same {key}, or choose another out_dir")
+
+
+def check_length(saved: dict, given: dict, path: Path, extend: bool) -> None:
+    "A resumed run is as long as it was, or longer if `extend` says so."
+    for key, was in saved.items():
+        longer = (given[key] or math.inf) >= (was or math.inf)
+        if was != given[key] and not (extend and longer):
+            how = "give extend=True to go on" if longer else "it cannot become shorter"
+            raise ValueError(f"{path} has {key} {was}, now it is {given[key]}: {how}")
+
+
+def check_nothing_lost(path: Path, rows: list[dict], save_every: int) -> None:
+    "Metrics that go beyond the first save, and no checkpoint: something is missing."
+    last = rows[-1]["step"] if rows else 0
+    if 0 < save_every < last:
+        raise ValueError(f"{path} goes to step {last}, but its checkpoints are gone; put "
+                         "them back, or delete it to begin again")
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #b8da9871
+class CheckpointManager:
+    "Where a run begins, and what is saved of it."
+
+    def __init__(self, out_dir: Path, trainer, settings: dict, metadata: dict | None = None):
+        self.folder, self.path = out_dir / "checkpoints", out_dir / "metrics.jsonl"
+        self.trainer, self.settings, self.metadata = trainer, settings, metadata or {}
+        self.saved_step = 0
+        config = trainer.config
+        self.length = {"steps": config.steps, "minutes": config.minutes}
+        self.parts = {"progress": trainer.progress, "metrics": trainer.metrics,
+                      "nonfinite": trainer.train_step.nonfinite}
+
+    def begin(self, resume: bool, extend: bool, say: Callable[[str], None]) -> None:
+        "Fresh start or resumption; refuses to write over another run."
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        found, rows = self.find(), read_metrics(self.path)
+        if not resume and (found or rows):
+            raise ValueError(f"{found or self.path} exists: resume it or choose another "
+                             "out_dir")
+        if found:
+            self.load(found, extend)
+            say(f"resumed at step {self.saved_step}")
+        elif resume:
+            check_nothing_lost(self.path, rows, self.trainer.config.save_every)
+            say(f"no checkpoint in {self.folder.parent}: starting at step 0")
+        self.trainer.metrics.rows = cut_metrics(self.path, self.saved_step)
+
+    def find(self) -> Path | None:
+        try:
+            return find_checkpoint(self.folder.parent)
+        except FileNotFoundError:
+            return None
+
+    def load(self, found: Path, extend: bool) -> None:
+        "Put everything back, once it is known to fit."
+        identity = {k: v for k, v in self.metadata.items() if k in ("model", "tokenizer")}
+        check_same(load_metadata(found), identity, found)
+        saved, trainer = load_state(found)["extra"], self.trainer
+        check_length(saved["length"], self.length, found, extend)
+        check_same(saved["settings"], self.settings, found)
+        load_checkpoint(found, trainer.objective.model, trainer.train_step.optimizer,
+                        trainer.loader, objective=trainer.objective)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.saved_step = trainer.progress.step
+
+    def save(self) -> None:
+        "A checkpoint of this step, unless it is there already."
+        trainer, step = self.trainer, self.trainer.progress.step
+        if step == self.saved_step:
+            return
+        extra = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(
+            self.folder, step, trainer.objective.model, trainer.train_step.optimizer,
+            trainer.loader, objective=trainer.objective, metadata=self.metadata,
+            extra={**extra, "settings": self.settings, "length": self.length},
+            keep_last=trainer.config.keep_last)
+        self.saved_step = step

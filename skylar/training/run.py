@@ -359,7 +359,7 @@ def fit(
     if not run.settings["resume"]:
         write_run(run)
     rows = trainer.train(resume=run.settings["resume"])
-    return rows, trainer.step < run.train.steps
+    return rows, trainer.progress.done < 1
 
 
 def outcome(rows: list[dict]) -> dict[str, str]:

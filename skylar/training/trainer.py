@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .checkpoint import find_checkpoint, load_checkpoint, load_metadata
-from .checkpoint import load_state, save_checkpoint, seed_everything
+from .checkpoint import CheckpointManager, seed_everything
 from .evaluate import evaluate
-from .metrics import MetricsLogger, cut_metrics, read_metrics
+from .metrics import MetricsLogger
 from .objective import check_contract, check_objective, check_output
 from .optim import AdamWConfig, ScheduleConfig
-from .progress import ProgressReporter
+from .progress import ProgressReporter, RunProgress
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.devices import autocast, check_single_process, pick_device
 from ..utils.devices import pick_dtype, to_device
 
 # %% auto #0
-__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'TrainStep', 'cycle', 'check_same',
-           'check_length', 'CheckpointManager', 'check_parts', 'plain', 'Trainer']
+__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'global_sum',
+           'TrainStep', 'cycle', 'checked_batches', 'check_parts', 'run_settings', 'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -108,6 +107,38 @@ def check_master_weights(objective: nn.Module) -> None:
                 "train model.float() (its products are still done in bf16)")
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c048
+class NonfiniteCounter:
+    "Steps that were not finite: in all, in a row now, and the most in a row."
+
+    def __init__(self, limit: int, device: torch.device):
+        self.limit = limit
+        self.skipped, self.run, self.longest = torch.zeros(3, dtype=torch.long, device=device)
+
+    def add(self, finite: Tensor) -> None:
+        self.skipped = self.skipped + ~finite
+        self.run = (self.run + 1) * ~finite
+        self.longest = torch.maximum(self.longest, self.run)
+
+    def check(self, step: int) -> int:
+        "Steps skipped so far; `ValueError` if too many in a row. Here the host waits."
+        if (n := int(self.longest)) >= self.limit:
+            raise ValueError(
+                f"loss or gradient not finite {n} times in a row, up to step {step}: lower "
+                "the learning rate, warm up for longer, or train in float32")
+        return int(self.skipped)
+
+    def state_dict(self) -> dict:
+        return {"skipped": int(self.skipped)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = torch.full_like(self.skipped, state["skipped"])
+
+
+def global_sum(count: Tensor | int, device: torch.device) -> Tensor:
+    "The number of valid targets of all ranks: here there is one."
+    return torch.as_tensor(count, device=device)
+
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #5a0bddd5
 class TrainStep:
     "Micro-batches in, one update of the weights out; the host does not wait for the device."
 
@@ -121,17 +152,15 @@ class TrainStep:
         self.optimizer = optimizer.build(objective)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        # counted on the device: steps that were not finite, in all, in a row, most in a row
-        self.skipped, self.run, self.longest = torch.zeros(3, dtype=torch.long,
-                                                           device=self.device)
+        self.nonfinite = NonfiniteCounter(config.max_nonfinite_steps, self.device)
 
     def __call__(self, batches: Iterator[dict], step: int, time_done: float = 0.0):
         "One `StepOutput`; `time_done` is the share of the time limit that has passed."
         factor = self.schedule.multiplier(step, self.config.steps, time_done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = lr * factor
-        loss_sum, n_valid, metrics = self.backward(
-            islice(batches, self.config.grad_accum_steps))
+        micro = islice(batches, self.config.grad_accum_steps)
+        loss_sum, n_valid, metrics = self.backward(micro)
         count = n_valid.clamp(min=1)
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) / count
@@ -153,11 +182,7 @@ class TrainStep:
             for name, (total, count) in output.metrics.items():
                 have = metrics.get(name, (0.0, 0))
                 metrics[name] = have[0] + total, have[1] + count
-        return loss_sum, self.global_sum(n_valid), metrics
-
-    def global_sum(self, count: Tensor | int) -> Tensor:
-        "The number of valid targets of all ranks: here there is one."
-        return torch.as_tensor(count, device=self.device)
+        return loss_sum, global_sum(n_valid, self.device), metrics
 
     def update(self, grads: list[Tensor], divisor: Tensor, finite: Tensor) -> None:
         "Divide the gradients and move the weights, unless something is NaN or infinite."
@@ -170,17 +195,7 @@ class TrainStep:
             torch._foreach_div_(grads, divisor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped = self.skipped + ~finite
-        self.run = (self.run + 1) * ~finite
-        self.longest = torch.maximum(self.longest, self.run)
-
-    def check_finite(self, step: int) -> int:
-        "Steps skipped so far; `ValueError` if too many in a row. Here the host waits."
-        if (n := int(self.longest)) >= self.config.max_nonfinite_steps:
-            raise ValueError(
-                f"loss or gradient not finite {n} times in a row, up to step {step}: lower "
-                f"lr={self.base_lrs[0]}, warm up for longer, or train in float32")
-        return int(self.skipped)
+        self.nonfinite.add(finite)
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c052
 def cycle(loader: Iterable[dict]) -> Iterator[dict]:
@@ -193,70 +208,15 @@ def cycle(loader: Iterable[dict]) -> Iterator[dict]:
             raise ValueError("the loader gave no batch: the training data is empty, or it "
                              "is an iterator, which cannot be started again")
 
-def check_same(saved: dict, given: dict, path: Path, prefix: str = "") -> None:
-    "`ValueError` that names the first setting which is not as the checkpoint has it."
-    for key in sorted(saved.keys() & given.keys()):
-        was, now = saved[key], given[key]
-        if isinstance(was, dict) and isinstance(now, dict):
-            check_same(was, now, path, f"{prefix}{key}.")
-        elif was != now:
-            raise ValueError(f"{path} has {prefix}{key} {was}, now it is {now}: use the "
-                             f"same {key}, or choose another out_dir")
-
-def check_length(saved: dict, config: TrainConfig, path: Path, extend: bool) -> None:
-    "A resumed run is as long as it was, or longer if `extend` says so."
-    for key in ("steps", "minutes"):
-        was, now = saved.get(key), getattr(config, key)
-        longer = (now or math.inf) >= (was or math.inf)
-        if was != now and not (extend and longer):
-            how = "give extend=True to go on" if longer else "it cannot become shorter"
-            raise ValueError(f"{path} has {key} {was}, now it is {now}: {how}")
+def checked_batches(loader: Iterable[dict], train_step: TrainStep) -> Iterator[dict]:
+    "`cycle(loader)`, once the first batch has shown that all contracts are kept."
+    batches = cycle(loader)
+    first = next(batches)
+    with autocast(train_step.device, train_step.dtype):
+        check_contract(train_step.objective, to_device(first, train_step.device))
+    return chain([first], batches)
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #49cbe05c
-class CheckpointManager:
-    "Where a run begins, and what is saved of it."
-
-    def __init__(self, out_dir, train_step: TrainStep, loader, settings: dict,
-                 metadata: dict | None = None):
-        self.folder = Path(out_dir) / "checkpoints"
-        self.train_step, self.loader, self.settings = train_step, loader, settings
-        self.metadata, self.saved_step = metadata or {}, 0
-
-    def find(self) -> Path | None:
-        "The checkpoint to go on from; `ValueError` if what is there cannot be read."
-        try:
-            return find_checkpoint(self.folder.parent)
-        except FileNotFoundError:
-            return None
-
-    def load(self, found: Path, extend: bool) -> dict:
-        "Put everything back; the checkpoint's state."
-        check_same({k: v for k, v in load_metadata(found).items()
-                    if k in ("model", "tokenizer")}, self.metadata, found)
-        step = self.train_step
-        saved = load_state(found)["extra"]
-        check_length(saved["length"], step.config, found, extend)
-        check_same(saved["settings"], self.settings, found)
-        objective = step.objective
-        state = load_checkpoint(found, objective.model, step.optimizer, self.loader,
-                                objective=objective)
-        self.saved_step = state["step"]
-        return state
-
-    def save(self, step: int, extra: dict) -> None:
-        "A checkpoint of this step, unless it is there already."
-        if step == self.saved_step:
-            return
-        config, objective = self.train_step.config, self.train_step.objective
-        length = {"steps": config.steps, "minutes": config.minutes}
-        extra = extra | {"settings": self.settings, "length": length}
-        save_checkpoint(
-            self.folder, step, objective.model, self.train_step.optimizer, self.loader,
-            objective=objective, metadata=self.metadata, extra=extra,
-            keep_last=config.keep_last)
-        self.saved_step = step
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c054
 def check_parts(objective, loader, config, optimizer, schedule) -> None:
     "`ValueError` that names the contract which something given to the Trainer breaks."
     check_single_process()
@@ -272,149 +232,91 @@ def check_parts(objective, loader, config, optimizer, schedule) -> None:
         if not callable(getattr(given, method, None)):
             raise ValueError(f"{name} is a {type(given).__name__}; give a config with a "
                              f"method {method}, such as {example}")
+    schedule.multiplier(0, config.steps)  # refuses a warm-up that fills the run
 
-def plain(config) -> dict | str:
-    "A config as JSON would give it back."
-    return json.loads(json.dumps(asdict(config))) if is_dataclass(config) else repr(config)
+def run_settings(config: TrainConfig, optimizer, schedule) -> dict:
+    "What decides the course of a run, as JSON gives it back; a resume must have the same."
+    names = ("grad_accum_steps", "max_grad_norm", "dtype", "seed")
+    settings: dict = {name: getattr(config, name) for name in names}
+    for name, part in (("optimizer", optimizer), ("schedule", schedule)):
+        settings[name] = asdict(part) if is_dataclass(part) else repr(part)
+    return json.loads(json.dumps(settings))
 
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #61d0016d
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #c054
+def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) -> None:
+    "Step, log, save, until the run is done, a signal came, or a callback asked to stop."
+    train_step, progress, metrics = trainer.train_step, trainer.progress, trainer.metrics
+    progress.start()
+    batches = checked_batches(trainer.loader, train_step)
+    metrics.stop_requested = False
+    trainer.objective.train()
+    while progress.done < 1 and not (stop.received or metrics.stop_requested):
+        start = time.perf_counter()
+        output = train_step(batches, progress.step, progress.time_done)
+        metrics.add(output, time.perf_counter() - start)
+        progress.advance()
+        report.step(progress.step, progress.done)
+        trainer.log(report)
+        if trainer.checkpoints and progress.due(trainer.config.save_every):
+            trainer.checkpoints.save()
+    progress.stop()
+
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #061f1fa9
 class Trainer:
-    """Minimize an objective over the batches of a loader: `Trainer(...).train()`.
-
-    A callback gets each row of metrics; if it returns True, the run saves and stops."""
+    "Minimize an objective over the batches of a loader: `Trainer(...).train()`."
 
     def __init__(
         self, objective: nn.Module,  # around a model: NextTokenObjective(model)
         loader: Iterable[dict],  # resumes if it has state_dict, load_state_dict
         config: TrainConfig | None = None, *,
-        optimizer=None,  # config with build(model); None: AdamWConfig()
-        schedule=None,  # config with multiplier(...); None: ScheduleConfig()
+        optimizer=None, schedule=None,  # None: AdamWConfig(), ScheduleConfig()
         out_dir: Path | str | None = None,  # metrics.jsonl, checkpoints/; None: nothing
         eval_loader: Iterable[dict] | None = None,
         bytes_per_token: float | None = None,  # text bytes for each validation target
         metadata: dict | None = None,  # JSON-able, kept in every checkpoint
-        callbacks: Iterable[Callable[[dict], bool | None]] = (), quiet: bool = False,
+        callbacks: Iterable[Callable] = (),  # each gets the rows; True saves and stops
+        quiet: bool = False,
     ):
         config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
         schedule = schedule or ScheduleConfig()
         check_parts(objective, loader, config, optimizer, schedule)
-        schedule.multiplier(0, config.steps)  # refuses a warm-up that fills the run
-        self.config, self.objective, self.model = config, objective, objective.model
+        self.config, self.loader, self.quiet = config, loader, quiet
+        self.objective, self.model = objective, objective.model
+        self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
         self.train_step = TrainStep(objective, config, optimizer, schedule)
-        self.optimizer = self.train_step.optimizer
-        self.loader, self.eval_loader = loader, eval_loader
-        self.bytes_per_token, self.quiet = bytes_per_token, quiet
-        self.out_dir = None if out_dir is None else Path(out_dir)
-        self.metrics = MetricsLogger(self.out_dir and self.out_dir / "metrics.jsonl", callbacks)
-        names = ("grad_accum_steps", "max_grad_norm", "dtype", "seed")
-        settings = {name: getattr(config, name) for name in names}
-        settings |= {"optimizer": plain(optimizer), "schedule": plain(schedule)}
-        self.checkpoints = self.out_dir and CheckpointManager(
-            self.out_dir, self.train_step, loader, settings, metadata)
-        self.step, self.seconds, self.time_done = 0, 0.0, 0.0
+        self.progress = RunProgress(config.steps, config.minutes)
+        out = None if out_dir is None else Path(out_dir)
+        self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
+        self.checkpoints = out and CheckpointManager(
+            out, self, run_settings(config, optimizer, schedule), metadata)
         self.interrupted: int | None = None  # number of the signal that ended train
-
-    @property
-    def done(self) -> float:
-        "The share of the run that lies behind, by steps or by time; 1 at its end."
-        return min(1.0, max(self.step / self.config.steps, self.time_done))
 
     def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
         """To the end, to a signal (Ctrl-C, SIGTERM, ...) or to a callback's True.
 
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
-        with StopSignals() as stop, ProgressReporter(self.config.steps, self.quiet) as report:
-            self.begin(resume, extend, report.say)
-            batches = self.checked_batches()
-            self.objective.train()
-            self.metrics.stop_requested = False
-            while self.done < 1 and not (stop.received or self.metrics.stop_requested):
-                self.one_step(batches)
-                report.step(self.step, self.done)
-                self.log(report)
-                if self.due(self.config.save_every):
-                    self.save()
-            self.save()
+        with StopSignals() as stop, ProgressReporter(self.quiet) as report:
+            if self.progress.step == 0:  # called again it goes on in memory
+                seed_everything(self.config.seed)
+                if self.checkpoints:
+                    self.checkpoints.begin(resume, extend, report.say)
+            take_steps(self, report, stop)
+            if self.checkpoints:
+                self.checkpoints.save()
             self.interrupted = stop.received
-            if stop.received or self.metrics.stop_requested:
+            if self.progress.done < 1:
                 why = f"signal {stop.received}" if stop.received else "a callback"
-                report.say(f"stopped by {why} after step {self.step}")
+                report.say(f"stopped by {why} after step {self.progress.step}")
         return self.metrics.rows
 
-    def one_step(self, batches: Iterator[dict]) -> None:
-        "Train, and look at the clock."
-        start = time.perf_counter()
-        output = self.train_step(batches, self.step, self.time_done)
-        self.metrics.add(output, time.perf_counter() - start)
-        self.step += 1
-        if self.config.minutes is not None:
-            now = self.seconds + time.monotonic() - self.started
-            self.time_done = now / (60 * self.config.minutes)
-
-    def begin(self, resume: bool, extend: bool, say: Callable[[str], None]) -> None:
-        "Fresh start or resumption; refuses to write over another run."
-        self.seconds += time.monotonic() - self.started if self.step else 0.0
-        self.started = time.monotonic()
-        if self.step == 0:
-            seed_everything(self.config.seed)
-        if self.out_dir is None or self.step > 0:  # called again it goes on in memory
-            return
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        path, found = self.out_dir / "metrics.jsonl", self.checkpoints.find()
-        rows = read_metrics(path)
-        if not resume and (found or rows):
-            raise ValueError(f"{found or path} exists: resume it or choose another out_dir")
-        if found:
-            self.load(found, extend)
-            say(f"resumed at step {self.step}")
-        elif resume:
-            self.check_nothing_lost(path, rows)
-            say(f"no checkpoint in {self.out_dir}: starting at step 0")
-        self.metrics.rows = cut_metrics(path, self.step)
-
-    def check_nothing_lost(self, path: Path, rows: list[dict]) -> None:
-        "Metrics from after the first save without any checkpoint: something is missing."
-        last = rows[-1]["step"] if rows else 0
-        if 0 < self.config.save_every < last:
-            raise ValueError(f"{path} goes to step {last}, but its checkpoints are gone; put "
-                             f"them back, or delete {path.name} to begin again")
-
-    def checked_batches(self) -> Iterator[dict]:
-        "The loader's batches for ever; the first shows whether the contracts are kept."
-        batches = cycle(self.loader)
-        if self.done < 1:
-            first = next(batches)
-            with autocast(self.train_step.device, self.train_step.dtype):
-                check_contract(self.objective, to_device(first, self.train_step.device))
-            batches = chain([first], batches)
-        return batches
-
-    def load(self, found: Path, extend: bool) -> None:
-        state = self.checkpoints.load(found, extend)
-        extra, self.step = state["extra"], state["step"]
-        self.metrics.load_state_dict(extra["metrics"])
-        self.train_step.skipped = self.train_step.skipped + extra["skipped"]
-        self.seconds = extra["seconds"]
-        if self.config.minutes is not None:
-            self.time_done = self.seconds / (60 * self.config.minutes)
-
-    def save(self) -> None:
-        if self.checkpoints:
-            self.checkpoints.save(self.step, {
-                "metrics": self.metrics.state_dict(), "finished": self.done >= 1,
-                "skipped": self.train_step.check_finite(self.step),
-                "seconds": self.seconds + time.monotonic() - self.started})
-
-    def due(self, every: int) -> bool:
-        return self.done >= 1 or every > 0 and self.step % every == 0
-
     def log(self, report: ProgressReporter) -> None:
-        evaluating = self.eval_loader is not None and self.due(self.config.eval_every)
-        if evaluating or self.due(self.config.log_every):
-            more = {"skipped": self.train_step.check_finite(self.step)}
-            more |= self.evaluate() if evaluating else {}
-            report.row(self.metrics.row(self.step, **more), self.done)
+        progress, row = self.progress, {}
+        if self.eval_loader is not None and progress.due(self.config.eval_every):
+            row = self.evaluate()
+        if row or progress.due(self.config.log_every):
+            row["skipped"] = self.train_step.nonfinite.check(progress.step)
+            report.row(self.metrics.row(progress.step, **row), progress.done)
 
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.objective, self.eval_loader, self.config.eval_batches,
