@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from skylar.training.loss import linear_cross_entropy, next_token_loss
+from skylar.training.loss import NextTokenObjective, cross_entropy, linear_cross_entropy
 
 OPTIONS = [{}, {"z_loss": 1e-2}, {"softcap": 3.0}, {"z_loss": 1e-2, "softcap": 3.0}]
 
@@ -156,13 +156,13 @@ def test_objective_sums_over_targets_and_passes_what_the_batch_has():
     torch.manual_seed(0)
     model, ids = Stub(), torch.randint(11, (2, 5))
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    loss, n, metrics = next_token_loss(model, {"input_ids": ids, "labels": labels})
+    loss, n, metrics = NextTokenObjective(model)({"input_ids": ids, "labels": labels})
     logits = model.lm_head(model.embed(ids))
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert n == 8 and metrics == {} and model.calls == [(None, None)]
     packed = {"input_ids": ids, "labels": labels, "position_ids": ids, "document_ids": ids}
-    next_token_loss(model, packed)
+    NextTokenObjective(model)(packed)
     assert model.calls[1] == (ids, ids)
 
 
@@ -172,3 +172,45 @@ def test_compiles_in_one_graph_to_the_same_numbers(options):
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     ours = gradients(compiled, hidden, weight, labels, chunk=5, **options)
     torch.testing.assert_close(ours, gradients(plain, hidden, weight, labels, **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_plain_loss_by_name_is_the_same(options):
+    ours = gradients(cross_entropy, *example(), **options)
+    torch.testing.assert_close(ours, gradients(plain, *example(), **options))
+    torch.manual_seed(0)
+    model, ids = Stub(), torch.randint(11, (2, 5))
+    batch = {"input_ids": ids, "labels": torch.roll(ids, -1, 1)}
+    fused, unfused = (NextTokenObjective(model, name, **options)(batch) for name in
+                      ("fused", "plain"))
+    torch.testing.assert_close(fused, unfused)
+    with pytest.raises(ValueError, match="unknown loss 'chunked'"):
+        NextTokenObjective(model, "chunked")
+
+
+def labelled(ids, labels):
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_labels_that_are_not_shifted_are_noticed():
+    ids = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(0))
+    objective = NextTokenObjective(Stub())
+    masked = ids.clone()
+    masked[:, :4] = -100  # an answer after a prompt
+    for labels in (ids, masked):
+        with pytest.raises(ValueError, match="labels equal input_ids .*x\\[:, 1:\\]"):
+            objective.check_batch(labelled(ids, labels))
+    same = torch.full((2, 6), 7)  # a text of one token: shifted or not, nobody can tell
+    nothing = torch.full_like(ids, -100)
+    for x, y in ((ids[:, :-1], ids[:, 1:]), (same, same), (ids, nothing)):
+        objective.check_batch(labelled(x, y))
+
+
+@pytest.mark.parametrize(("bad", "line"), [
+    (dict(labels=torch.zeros(1, 1)), "no 'input_ids', only labels"),
+    (dict(input_ids=torch.zeros(1, 1)), "no 'labels', only input_ids"),
+    (labelled(torch.zeros(1, 3), torch.zeros(1, 4)), r"\(1, 3\), labels \(1, 4\): .*one shape"),
+])
+def test_a_batch_without_what_it_needs_is_named(bad, line):
+    with pytest.raises(ValueError, match=line):
+        NextTokenObjective(Stub()).check_batch(bad)

@@ -5,11 +5,12 @@
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c003
 from __future__ import annotations
 import base64
-import hashlib
 import json
+import math
 import os
 import pickle
 import random
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from ..utils.devices import check_single_process
+from ..utils.files import atomic_write, fsync_directory, read_json, sha256_file
+from ..utils.files import verify_manifest, write_manifest
 
 # %% auto #0
-__all__ = ['INDEX_CLASSES', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'write_atomic', 'sync_folder',
-           'IndexUnpickler', 'SafeReader', 'plain_errors', 'root_cause', 'write_tensors', 'flatten', 'read_tensors',
-           'check_shapes', 'sha256', 'write_manifest', 'verify_manifest', 'read_json', 'save_checkpoint', 'publish',
-           'remove_old', 'find_checkpoint', 'load_metadata', 'load_weights', 'load_checkpoint']
+__all__ = ['INDEX_CLASSES', 'TENSOR_OVERHEAD', 'REMEDY', 'rng_state', 'set_rng_state', 'seed_everything', 'IndexUnpickler', 'SafeReader', 'named_tensors', 'named_moments', 'unwrap_dcp_errors', 'root_cause', 'write_tensors', 'read_tensors', 'empty_moments', 'check_shapes', 'checkpoint_bytes', 'stored_bytes', 'verify_checkpoint', 'read_verified', 'save_checkpoint', 'list_checkpoints', 'next_save_number', 'publish', 'remove_old', 'find_checkpoint', 'follow', 'load_metadata', 'load_state', 'load_weights', 'load_checkpoint', 'check_same', 'check_length', 'check_nothing_lost', 'CheckpointManager']
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c008
 def rng_state() -> dict:
@@ -55,33 +56,10 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../../nbs/00_transformer/08_checkpoints.ipynb #c020
-def write_atomic(path: Path | str, text: str) -> None:
-    "The file holds the old text or the new one, never half, even if the power fails."
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-def sync_folder(path: Path) -> None:
-    "Make renames inside `path` last through a power cut (Windows needs no such call)."
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c025
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict import set_model_state_dict
-from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
 INDEX_CLASSES = (
     "Metadata MetadataIndex TensorStorageMetadata TensorProperties "
@@ -114,14 +92,35 @@ class SafeReader(dcp.FileSystemReader):
             with open(path, "rb") as file:
                 index = IndexUnpickler(file).load()
             index.storage_meta = index.storage_meta or dcp_metadata.StorageMeta()
-        except (pickle.UnpicklingError, AttributeError, EOFError, TypeError) as error:
+        except (pickle.UnpicklingError, AttributeError, EOFError, ImportError,
+                LookupError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a checkpoint index: {error}") from None
         index.storage_meta.load_id = self.load_id
         return index
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c030
+def named_tensors(model: nn.Module, objective: nn.Module | None = None) -> dict[str, Tensor]:
+    """Parameters and buffers by their names on disk, a tied one once, under its first.
+
+    `objective`: a module around the model whose own tensors (a second head) count too."""
+    state = {f"model.{name}": t for name, t in model.state_dict(keep_vars=True).items()}
+    if objective is not None:
+        around = objective.state_dict(keep_vars=True).items()
+        state |= {f"objective.{k}": t for k, t in around if not k.startswith("model.")}
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    return {name: t for name, t in state.items() if first[id(t)] == name}
+
+def named_moments(names: dict[str, Tensor], optimizer) -> dict[str, Tensor]:
+    "What the optimizer remembers of each parameter that has had a gradient."
+    return {
+        f"optimizer.{name}.{key}": value
+        for name, p in names.items() if p in optimizer.state
+        for key, value in optimizer.state[p].items()
+    }
+
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #c032
 @contextmanager
-def plain_errors():
+def unwrap_dcp_errors():
     "DCP for one process, without its warning and with the error inside its error."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -137,85 +136,106 @@ def root_cause(error: BaseException) -> BaseException:
         chain.append(chain[-1].__context__)
     return next((e for e in chain if isinstance(e, OSError)), error)
 
-def write_tensors(path: Path, model: nn.Module, optimizer=None) -> None:
+def write_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
     "A DCP folder: each rank writes its part, and any number of ranks can read it."
-    state = {"model": get_model_state_dict(model)}
-    if optimizer is not None and optimizer.state:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)["state"]
-    assert all(isinstance(t, Tensor) for _, t in flatten(state)), "tensors only"
-    with plain_errors():
+    names = named_tensors(model, objective)
+    state = {name: tensor.detach() for name, tensor in names.items()}
+    if optimizer is not None:
+        state |= named_moments(names, optimizer)
+    assert all(isinstance(t, Tensor) for t in state.values()), "tensors only"
+    with unwrap_dcp_errors():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
 
-def flatten(tree: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    "Leaves of nested dicts with their dotted names."
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-# %% ../../nbs/00_transformer/08_checkpoints.ipynb #c032
-def read_tensors(path: Path, model: nn.Module, optimizer=None) -> None:
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #ed666f46
+def read_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
     "Weights and moments back in place; learning rates and the like stay as configured."
     saved = SafeReader(path).read_metadata().state_dict_metadata
-    state, moments = {"model": get_model_state_dict(model)}, None
-    if optimizer is not None and any(name.startswith("optimizer.") for name in saved):
-        moments = get_optimizer_state_dict(model, optimizer)  # makes empty ones
-        state["optimizer"] = moments["state"]
-    check_shapes(path, state, saved)
-    with plain_errors():
+    names = named_tensors(model, objective)
+    check_shapes(path, names, saved)
+    state = {name: tensor.detach() for name, tensor in names.items()}
+    moments = {} if optimizer is None else empty_moments(path, names, saved)
+    for name, values in moments.items():
+        state |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
+    with unwrap_dcp_errors():
         dcp.load(state, storage_reader=SafeReader(path), no_dist=True)
-    set_model_state_dict(model, state["model"])
     if moments:
-        set_optimizer_state_dict(model, optimizer, moments)
+        groups = optimizer.state_dict()["param_groups"]
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {i: moments[n] for n, p in names.items() if n in moments
+                 for i, q in enumerate(order) if q is p}
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-def check_shapes(path: Path, state: dict, saved: dict) -> None:
-    "The checkpoint must hold the tensors of `state`, in the same shapes, and no more."
-    for name, tensor in flatten(state):
+def empty_moments(path: Path, names: dict, saved: dict) -> dict[str, dict[str, Tensor]]:
+    "Room for the stored moments: parameter's name -> moment's name -> empty tensor."
+    moments: dict[str, dict[str, Tensor]] = {}
+    for entry in (e for e in saved if e.startswith("optimizer.")):
+        name, _, key = entry.removeprefix("optimizer.").rpartition(".")
+        if name not in names:
+            raise ValueError(f"{path.parent} holds another model: {entry} is only there; "
+                             "build the model from its metadata")
+        size, dtype = saved[entry].size, saved[entry].properties.dtype
+        p = names[name].detach()
+        like = torch.empty_like(p, dtype=dtype) if p.shape == size else None
+        moments.setdefault(name, {})[key] = (
+            torch.empty(size, dtype=dtype) if like is None else like)
+    return moments
+
+def check_shapes(path: Path, names: dict, saved: dict) -> None:
+    "The checkpoint must hold the tensors of `names`, in the same shapes, and no more."
+    for name, tensor in names.items():
         size = getattr(saved.get(name), "size", None)
         if size != tensor.shape:
             there = "missing" if size is None else f"{tuple(size)}"
             raise ValueError(
                 f"{path.parent} holds another model: {name} is {there} there and "
                 f"{tuple(tensor.shape)} here; build the model from its metadata")
-    names = {name for name, _ in flatten(state)}
-    more = [n for n in saved if n.split(".")[0] in state and n not in names]
+    parts = {name.split(".")[0] for name in names}
+    more = [n for n in saved if n.split(".")[0] in parts and n not in names]
     if more:
         raise ValueError(f"{path.parent} holds another model: {more[0]} is only there; "
                          "build the model from its metadata")
 
-# %% ../../nbs/00_transformer/08_checkpoints.ipynb #c037
-def sha256(path: Path) -> str:
-    "Hash of a file, read in pieces."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #c035
+TENSOR_OVERHEAD = 2500  # bytes that headers and the index of DCP take for each tensor
 
-def write_manifest(folder: Path) -> None:
-    "Size and SHA-256 of every file in `folder`."
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    rows = {
-        path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)]
-        for path in files
-    }
-    write_atomic(folder / "manifest.json", json.dumps(rows, indent=1))
+def checkpoint_bytes(model: nn.Module, optimizer=None) -> int:
+    """Bytes that a checkpoint takes, headers and all; the model may be on the meta device.
 
-def verify_manifest(folder: Path) -> None:
-    "Raise a ValueError that names the first file which is missing or changed."
-    for name, (size, digest) in read_json(folder / "manifest.json").items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint is damaged: {path} is missing; {REMEDY}")
-        if path.stat().st_size != size or sha256(path) != digest:
-            raise ValueError(f"checkpoint is damaged: {path} has changed; {REMEDY}")
+    Moments that do not exist yet are counted as AdamW's: two of a parameter's size."""
+    names, sizes = named_tensors(model), []
+    for group in optimizer.param_groups if optimizer is not None else ():
+        for p in group["params"]:
+            made = [t.nbytes for t in optimizer.state.get(p, {}).values()]
+            sizes += made or [p.nbytes, p.nbytes, 4]
+    sizes += [tensor.nbytes for tensor in names.values()]
+    return sum(sizes) + TENSOR_OVERHEAD * len(sizes) + 40_000
 
+def stored_bytes(folder: Path | str) -> int:
+    "Bytes of the checkpoints that are in `folder` already: a resumed run replaces them."
+    files = [f for path in list_checkpoints(folder) for f in path.rglob("*") if f.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #e1bbe52d
 REMEDY = "write the name of an older checkpoint into `latest` to go back to it"
 
-def read_json(path: Path) -> dict:
-    "A JSON object, or a ValueError that names the file."
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"checkpoint is damaged: {path}: {error}; {REMEDY}") from None
+def verify_checkpoint(folder: Path) -> None:
+    "`ValueError` that names the first file which is missing or changed."
+    listed = read_json(folder / "manifest.json")
+    here = [p.relative_to(folder).as_posix() for p in (folder / "tensors").glob("*")]
+    for name in ("state.json", "metadata.json", "tensors/.metadata", *sorted(here)):
+        if name not in listed:
+            raise ValueError(f"{folder / 'manifest.json'} is damaged: it does not list "
+                             f"{name}; {REMEDY}")
+    verify_manifest(folder, remedy=REMEDY)
+
+def read_verified(folder: Path, name: str) -> dict:
+    "One JSON file of a checkpoint, compared with the manifest first."
+    row = read_json(folder / "manifest.json").get(name)
+    digest = row[1] if isinstance(row, list) and len(row) == 2 else None
+    path = folder / name
+    if not path.is_file() or sha256_file(path) != digest:
+        raise ValueError(f"{path} is damaged: its content has changed; {REMEDY}")
+    return read_json(path)
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c039
 def save_checkpoint(
@@ -225,11 +245,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     loader=None,  # anything with state_dict()
     *,
+    objective: nn.Module | None = None,  # a module around the model with tensors of its own
     metadata: dict | None = None,  # JSON-able: what is needed to build the model again
     extra: dict | None = None,  # JSON-able: the trainer's own counters
-    keep: int = 2,  # newest checkpoints to keep; 0 keeps all
+    keep_last: int = 2,  # newest checkpoints to keep; 0 keeps all
 ) -> Path:  # `folder`/step-000100
     "Write all under a temporary name, rename it, then point `latest` at it."
+    check_single_process()
     final = Path(folder) / f"step-{step:06d}"
     temporary = final.with_name(f".tmp-{final.name}")
     position = loader.state_dict() if hasattr(loader, "state_dict") else None
@@ -237,9 +259,10 @@ def save_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        write_tensors(temporary / "tensors", model, optimizer)
-        write_atomic(temporary / "state.json", json.dumps(state))
-        write_atomic(temporary / "metadata.json", json.dumps(metadata or {}, indent=1))
+        state["save_number"] = next_save_number(final.parent)
+        write_tensors(temporary / "tensors", model, optimizer, objective)
+        atomic_write(temporary / "state.json", json.dumps(state))
+        atomic_write(temporary / "metadata.json", json.dumps(metadata or {}, indent=1))
         write_manifest(temporary)
         publish(temporary, final)
     except OSError as error:
@@ -247,45 +270,97 @@ def save_checkpoint(
         raise OSError(f"cannot save {final}: {reason}; older ones are whole") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    remove_old(final.parent, keep)
+    remove_old(final.parent, keep_last)
     return final
+
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #d984ae23
+def list_checkpoints(folder: Path | str) -> list[Path]:
+    "The checkpoints in `folder`, in the order in which they were saved."
+    found, folder = [], Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        ours = re.fullmatch(r"step-\d{6,}", path.name) and not path.is_symlink()
+        if ours and (path / "manifest.json").is_file():
+            try:
+                state = read_json(path / "state.json")
+                found.append((int(state.get("save_number", 0)), int(state["step"]), path))
+            except (OSError, ValueError, TypeError, KeyError):
+                continue  # damaged: no order can be told, and nobody may delete it
+    return [path for _, _, path in sorted(found)]
+
+def next_save_number(folder: Path) -> int:
+    newest = list_checkpoints(folder)[-1:]
+    numbers = [read_json(path / "state.json").get("save_number", 0) for path in newest]
+    return 1 + max(numbers, default=0)
 
 def publish(temporary: Path, final: Path) -> None:
     "The moment from which the checkpoint exists: rename, then move the pointer."
+    aside = final.with_name(f".tmp-{final.name}.old")
     if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    sync_folder(final.parent)
-    write_atomic(final.with_name("latest"), final.name + "\n")
+        if not (final / "manifest.json").is_file():
+            raise OSError("something else has this name; move it away")
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
+    fsync_directory(final.parent)
+    atomic_write(final.with_name("latest"), final.name + "\n")
 
-def remove_old(folder: Path, keep: int) -> None:
-    "Keep the newest `keep` checkpoints, and nothing that a crash left half-written."
-    steps = sorted(folder.glob("step-*"), key=lambda p: int(p.name.split("-")[1]))
-    for path in [*folder.glob(".tmp-step-*"), *(steps[:-keep] if keep else [])]:
+def remove_old(folder: Path, keep_last: int) -> None:
+    "Keep the newest `keep_last` checkpoints, and nothing that a crash left half-written."
+    left = [p for p in folder.glob(".tmp-step-*") if p.is_dir() and not p.is_symlink()]
+    old = list_checkpoints(folder)[:-keep_last] if keep_last else []
+    for path in [*left, *old]:
         shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/00_transformer/08_checkpoints.ipynb #c042
 def find_checkpoint(path: Path | str) -> Path:
-    "The checkpoint meant by a run's folder, its `checkpoints` folder, or one step's."
+    """The checkpoint meant by a run's folder, its `checkpoints` folder, or one step's.
+
+    That named by `latest`, or, if it is lost, the one saved last. `FileNotFoundError` if
+    there is none, `ValueError` if what is there cannot be read."""
     path = Path(path)
-    for pointer in (path / "latest", path / "checkpoints" / "latest"):
-        if pointer.exists():
-            found = pointer.with_name(Path(pointer.read_text().strip()).name)
-            if not found.is_dir():
-                raise ValueError(f"{pointer} names {found}, which is missing; {REMEDY}")
-            return found
+    for folder in (path, path / "checkpoints"):
+        if (folder / "latest").exists():
+            return follow(folder / "latest")
+        if found := list_checkpoints(folder):
+            return found[-1]
+        if unread := sorted(folder.glob("step-??????*")):
+            raise ValueError(f"{unread[-1]} is no checkpoint that can be read: its "
+                             "manifest.json or state.json is missing or damaged")
     if not (path / "manifest.json").exists():
         raise FileNotFoundError(f"no checkpoint in {path}; train there or correct the path")
     return path
 
+def follow(pointer: Path) -> Path:
+    "The checkpoint that a `latest` names."
+    try:
+        name = pointer.read_bytes().decode().strip()
+    except (OSError, UnicodeDecodeError):
+        name = ""
+    if not re.fullmatch(r"step-\d{6,}", name):
+        raise ValueError(f"{pointer} is damaged: it holds no checkpoint's name; delete it "
+                         "to use the newest, or write a name such as step-000100 into it")
+    found = pointer.with_name(name)
+    if not found.is_dir():
+        raise ValueError(f"{pointer} names {found}, which is missing; {REMEDY}")
+    return found
+
 def load_metadata(path: Path | str) -> dict:
     "What the checkpoint says about its model, tokenizer and data."
-    return read_json(find_checkpoint(path) / "metadata.json")
+    return read_verified(find_checkpoint(path), "metadata.json")
 
+def load_state(path: Path | str) -> dict:
+    "Its step, the loader's position, and under `extra` the Trainer's own counters."
+    return read_verified(find_checkpoint(path), "state.json")
+
+# %% ../../nbs/00_transformer/08_checkpoints.ipynb #d5906b74
 def load_weights(path: Path | str, model: nn.Module) -> None:
     "Fill `model` with a checkpoint's weights, in place, after verifying every file."
     found = find_checkpoint(path)
-    verify_manifest(found)
+    verify_checkpoint(found)
     read_tensors(found / "tensors", model)
 
 def load_checkpoint(
@@ -293,15 +368,110 @@ def load_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     loader=None,  # anything with load_state_dict()
+    *,
+    objective: nn.Module | None = None,  # as in save_checkpoint
 ) -> dict:  # {"step": ..., "extra": ...}
     "Put model, optimizer, loader and random numbers back to where they were."
     found = find_checkpoint(path)
-    verify_manifest(found)
+    verify_checkpoint(found)
     state = read_json(found / "state.json")
-    read_tensors(found / "tensors", model, optimizer)
+    read_tensors(found / "tensors", model, optimizer, objective)
     if loader is not None:
         if state["loader"] is None or not hasattr(loader, "load_state_dict"):
             raise ValueError(f"{found} has no loader position: it cannot be resumed")
         loader.load_state_dict(state["loader"])
     set_rng_state(state["rng"])
     return state
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #f0e7ebc6
+from collections.abc import Callable
+
+from .metrics import cut_metrics, read_metrics
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #721fbd72
+def check_same(saved: dict, given: dict, path: Path, prefix: str = "") -> None:
+    "`ValueError` that names the first setting which is not as the checkpoint has it."
+    for key in sorted(saved.keys() & given.keys()):
+        was, now = saved[key], given[key]
+        if isinstance(was, dict) and isinstance(now, dict):
+            check_same(was, now, path, f"{prefix}{key}.")
+        elif was != now:
+            raise ValueError(f"{path} has {prefix}{key} {was}, now it is {now}: use the "
+                             f"same {key}, or choose another out_dir")
+
+
+def check_length(saved: dict, given: dict, path: Path, extend: bool) -> None:
+    "A resumed run is as long as it was, or longer if `extend` says so."
+    for key, was in saved.items():
+        longer = (given[key] or math.inf) >= (was or math.inf)
+        if was != given[key] and not (extend and longer):
+            how = "give extend=True to go on" if longer else "it cannot become shorter"
+            raise ValueError(f"{path} has {key} {was}, now it is {given[key]}: {how}")
+
+
+def check_nothing_lost(path: Path, rows: list[dict], save_every: int) -> None:
+    "Metrics that go beyond the first save, and no checkpoint: something is missing."
+    last = rows[-1]["step"] if rows else 0
+    if 0 < save_every < last:
+        raise ValueError(f"{path} goes to step {last}, but its checkpoints are gone; put "
+                         "them back, or delete it to begin again")
+
+# %% ../../nbs/library/checkpoint_manager.ipynb #b8da9871
+class CheckpointManager:
+    "Where a run begins, and what is saved of it."
+
+    def __init__(self, out_dir: Path, trainer, settings: dict, metadata: dict | None = None):
+        self.folder, self.path = out_dir / "checkpoints", out_dir / "metrics.jsonl"
+        self.trainer, self.settings, self.metadata = trainer, settings, metadata or {}
+        self.saved_step = 0
+        config = trainer.config
+        self.length = {"steps": config.steps, "minutes": config.minutes}
+        self.parts = {"progress": trainer.progress, "metrics": trainer.metrics,
+                      "nonfinite": trainer.train_step.nonfinite}
+
+    def begin(self, resume: bool, extend: bool, say: Callable[[str], None]) -> None:
+        "Fresh start or resumption; refuses to write over another run."
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        found, rows = self.find(), read_metrics(self.path)
+        if not resume and (found or rows):
+            raise ValueError(f"{found or self.path} exists: resume it or choose another "
+                             "out_dir")
+        if found:
+            self.load(found, extend)
+            say(f"resumed at step {self.saved_step}")
+        elif resume:
+            check_nothing_lost(self.path, rows, self.trainer.config.save_every)
+            say(f"no checkpoint in {self.folder.parent}: starting at step 0")
+        self.trainer.metrics.rows = cut_metrics(self.path, self.saved_step)
+
+    def find(self) -> Path | None:
+        try:
+            return find_checkpoint(self.folder.parent)
+        except FileNotFoundError:
+            return None
+
+    def load(self, found: Path, extend: bool) -> None:
+        "Put everything back, once it is known to fit."
+        identity = {k: v for k, v in self.metadata.items() if k in ("model", "tokenizer")}
+        check_same(load_metadata(found), identity, found)
+        saved, trainer = load_state(found)["extra"], self.trainer
+        check_length(saved["length"], self.length, found, extend)
+        check_same(saved["settings"], self.settings, found)
+        load_checkpoint(found, trainer.objective.model, trainer.train_step.optimizer,
+                        trainer.loader, objective=trainer.objective)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.saved_step = trainer.progress.step
+
+    def save(self) -> None:
+        "A checkpoint of this step, unless it is there already."
+        trainer, step = self.trainer, self.trainer.progress.step
+        if step == self.saved_step:
+            return
+        extra = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(
+            self.folder, step, trainer.objective.model, trainer.train_step.optimizer,
+            trainer.loader, objective=trainer.objective, metadata=self.metadata,
+            extra={**extra, "settings": self.settings, "length": self.length},
+            keep_last=trainer.config.keep_last)
+        self.saved_step = step

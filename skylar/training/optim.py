@@ -163,12 +163,21 @@ class ScheduleConfig:
         if not 0 < self.decay_fraction <= 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie in (0, 1]")
 
-    def multiplier(self, step: int, total_steps: int) -> float:
-        "Share of the peak rate at `step`; ValueError if the warm-up fills the run."
+    def multiplier(
+        self,
+        step: int,  # 0 is the first step
+        total_steps: float,  # length of the run
+        time_done: float = 0.0,  # share of a time limit that has passed
+    ) -> float:
+        """Share of the peak rate at `step`; ValueError if the warm-up fills the run.
+
+        With a time limit the run is as long as its speed so far allows."""
+        if timed := time_done > 0:
+            total_steps = min(total_steps, step / time_done)
         warmup = self.warmup_steps
         if warmup is None:
             warmup = min(1000, total_steps // 20)
-        if warmup and warmup >= total_steps:
+        if warmup and warmup >= total_steps and not timed:
             raise ValueError(
                 f"warmup_steps={warmup} must be less than the run's {total_steps} steps"
             )

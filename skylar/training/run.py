@@ -28,11 +28,14 @@ from ..models.decoder import CausalLM, DecoderConfig, count_parameters
 from ..models.decoder import flops_per_token
 from ..models.hub import end_ids, from_pretrained, load_tokenizer
 from ..models.presets import from_args, resolve
-from .loss import next_token_loss
+from .loss import NextTokenObjective
 from .optim import AdamWConfig, ScheduleConfig
-from .checkpoint import load_metadata, load_weights, seed_everything
-from .checkpoint import write_atomic
-from .trainer import TrainConfig, Trainer, evaluate, read_metrics
+from .checkpoint import load_metadata, load_weights
+from .checkpoint import seed_everything
+from .evaluate import evaluate
+from .metrics import read_metrics
+from .trainer import TrainConfig, Trainer
+from ..utils.files import atomic_write
 
 # %% ../../nbs/runs.ipynb #c004
 def split(documents, val_fraction: float, part: str):
@@ -120,7 +123,7 @@ def corpus_tokenizer(folder: Path, recipe: dict) -> BPETokenizer:
         print(f"training a tokenizer of {size:,} tokens", flush=True)
         bpe = BPETokenizer.train(texts, vocab_size=size)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "corpus.json", json.dumps(recipe, indent=1) + "\n")
+    atomic_write(folder / "corpus.json", json.dumps(recipe, indent=1) + "\n")
     part = folder / "tokenizer.part"
     try:
         bpe.save(part).replace(folder / "tokenizer")
@@ -246,7 +249,7 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         loader = self.settings["loader"]
-        return loader["batch_size"] * loader["seq_len"] * self.train.accumulate
+        return loader["batch_size"] * loader["seq_len"] * self.train.grad_accum_steps
 
     def facts(self) -> dict[str, str]:
         "What is about to be trained, on what, for how long."
@@ -279,7 +282,7 @@ class Run:
         seed_everything(train.seed)
         options = {"optimizer": self.optimizer, "schedule": self.schedule, **options}
         model, loader = CausalLM(self.config), self.loader("train")
-        return Trainer(model, loader, next_token_loss, train, **options)
+        return Trainer(NextTokenObjective(model), loader, train, **options)
 
 # %% ../../nbs/runs.ipynb #c026
 def built(config_class, name: str, values: dict):
@@ -312,7 +315,7 @@ def prepare_run(
     check_vocabulary(vocabulary, tokenizer.vocab_size, settings["data"])
     run = Run(settings=settings, tokenizer=tokenizer, datasets=datasets, model=model,
               train=train, optimizer=optimizer, schedule=schedule)
-    check_space(run.out, count_parameters(run.config), max(train.keep, 1))
+    check_space(run.out, count_parameters(run.config), max(train.keep_last, 1))
     run.loader("train"), run.loader("val")  # refuse data shorter than one window
     return run
 
@@ -325,7 +328,7 @@ def steps_in_time(run: Run) -> int:
         return run.train.steps
     trial = replace(run.train, steps=30, log_every=3, save_every=0)
     constant = ScheduleConfig(kind="constant", warmup_steps=0)  # a warm-up may not fit
-    rows = run.trainer(trial, schedule=constant, quiet=True).fit()
+    rows = run.trainer(trial, schedule=constant, quiet=True).train()
     speed = max(row["tokens_per_s"] for row in rows)  # other programs come and go
     fits = int(minutes * 60 * speed / run.tokens_per_step)
     print(f"{speed:,.0f} tokens/s: {minutes:g} minutes are {fits:,} steps", flush=True)
@@ -336,7 +339,7 @@ def write_run(run: Run) -> None:
     "The parts of a run folder that do not change."
     run.tokenizer.save(run.out / "tokenizer")
     text = yaml.safe_dump(stored(run.settings), sort_keys=False)
-    write_atomic(run.out / "config.yaml", text)
+    atomic_write(run.out / "config.yaml", text)
 
 
 def fit(
@@ -355,8 +358,8 @@ def fit(
         bytes_per_token=density, metadata=metadata)
     if not run.settings["resume"]:
         write_run(run)
-    rows = trainer.fit(resume=run.settings["resume"])
-    return rows, trainer.step < run.train.steps
+    rows = trainer.train(resume=run.settings["resume"])
+    return rows, trainer.progress.done < 1
 
 
 def outcome(rows: list[dict]) -> dict[str, str]:
@@ -418,5 +421,5 @@ def measure(
             f"`skylar data tokenize ... --tokenizer {folder}/tokenizer`")
     loader = PackedLoader(datasets["val"], **{**metadata["loader"], "shuffle": False})
     density = bytes_per_token(datasets["val"])
-    row = evaluate(model, loader, next_token_loss, batches, bytes_per_token=density)
+    row = evaluate(NextTokenObjective(model), loader, batches, bytes_per_token=density)
     return {"data": str(data), **row}

@@ -7,126 +7,42 @@ from __future__ import annotations
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, is_dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .checkpoint import find_checkpoint, load_checkpoint, load_metadata
-from .checkpoint import save_checkpoint, seed_everything, write_atomic
-from .optim import AdamWConfig, ScheduleConfig, clip_grad_norm
+from .checkpoint import CheckpointManager, seed_everything
+from .evaluate import evaluate
+from .metrics import MetricsLogger
+from .objective import check_contract, check_objective, check_output
+from .optim import AdamWConfig, ScheduleConfig
+from .progress import ProgressReporter, RunProgress
+from ..utils.checks import check_choice, check_int, check_positive
+from ..utils.devices import autocast, check_single_process, pick_device
+from ..utils.devices import pick_dtype, to_device
 
 # %% auto #0
-__all__ = ['Batch', 'Objective', 'pick_device', 'has_bfloat16', 'pick_dtype', 'autocast', 'to_device', 'evaluate', 'summarise',
-           'read_metrics', 'cut_metrics', 'append_metrics', 'StopSignals', 'TrainConfig', 'Update', 'Stepper', 'Meter',
-           'Reporter', 'describe', 'endless', 'check_same_run', 'RunOnDisk', 'Trainer']
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c010
-Batch = dict[str, Tensor]
-Objective = Callable[[nn.Module, Batch], tuple[Tensor, Tensor | int, dict]]
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c025
-def pick_device(name: str = "auto") -> torch.device:
-    "The device called `name`; `auto` takes CUDA, then Apple's MPS, then the CPU."
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-def has_bfloat16(device: torch.device) -> bool:
-    "True where bf16 matrix products run in hardware: there they are worth using."
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    "`auto` is bfloat16 where `device` computes in it, otherwise float32."
-    if name == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    "Matrix products in `dtype`; weights, softmax, losses and sums stay float32."
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    "The same batch on `device`."
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c034
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Iterable,  # its position is put back: each call sees the same batches
-    objective: Objective,
-    n_batches: int | None = None,  # None: one pass, len(loader)
-    *,
-    bytes_per_token: float | None = None,  # of the evaluation text
-    dtype: str = "auto",  # auto, bfloat16 or float32
-) -> dict[str, float]:  # val_loss (nats a target), val_perplexity, val_bits_per_byte
-    "Mean loss over all valid targets of `n_batches` batches, and what it means."
-    device = next(model.parameters()).device
-    start = loader.state_dict() if hasattr(loader, "state_dict") else None
-    was_training, total, count = model.training, 0.0, 0
-    model.eval()
-    for batch in islice(loader, len(loader) if n_batches is None else n_batches):
-        with autocast(device, pick_dtype(dtype, device)):
-            loss_sum, n_valid, _ = objective(model, to_device(batch, device))
-        total, count = total + float(loss_sum), count + int(n_valid)
-    model.train(was_training)
-    if start is not None:
-        loader.load_state_dict(start)
-    if count == 0:
-        raise ValueError("evaluation saw no valid target: the evaluation data is empty")
-    return summarise(total / count, bytes_per_token)
-
-def summarise(loss: float, bytes_per_token: float | None = None) -> dict[str, float]:
-    "Loss in nats a token, perplexity, and bits per byte if the text's length is known."
-    row = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
-    if bytes_per_token:
-        row["val_bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return row
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c038
-def read_metrics(path: Path | str) -> list[dict]:
-    "Rows of a metrics.jsonl; a last line torn by a crash is left out."
-    path, rows = Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-def cut_metrics(path: Path | str, step: int) -> list[dict]:
-    "Drop the rows after `step` (a resumed run writes them again); return what is left."
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-def append_metrics(path: Path | str, row: dict) -> None:
-    "One more line of JSON."
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'global_sum',
+           'TrainStep', 'cycle', 'checked_batches', 'check_parts', 'run_settings', 'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c041
+SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
+
 class StopSignals:
-    "Inside `with`, Ctrl-C and SIGTERM just set `.received`; a second Ctrl-C stops."
+    "Inside `with`, signals that end a job just set `.received`; a second Ctrl-C stops."
     received: int | None = None
 
     def __enter__(self):
         self.old = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, self._note)
+            for number in (getattr(signal, name, None) for name in SIGNALS):
+                if number and signal.getsignal(number) != signal.SIG_IGN:
+                    self.old[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number, frame):
@@ -144,8 +60,9 @@ class TrainConfig:
     "How long, how big, how precise, and how often to look and to save."
 
     steps: int = 1000  # optimizer updates
-    accumulate: int = 1  # micro-batches an update
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    minutes: float | None = None  # end after so much time, if that comes first
+    grad_accum_steps: int = 1  # micro-batches an update
+    max_grad_norm: float = 1.0  # clip longer gradients to it; 0: no clipping
     dtype: str = "auto"  # auto, bfloat16 or float32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     compile: bool = False  # torch.compile the objective
@@ -153,294 +70,254 @@ class TrainConfig:
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     eval_batches: int = 20  # batches an evaluation
     save_every: int = 250  # steps between checkpoints; 0: only at the end
-    keep: int = 2  # newest checkpoints to keep; 0: all
-    max_skips: int = 5  # stop after so many updates in a row that were not finite
+    keep_last: int = 2  # newest checkpoints to keep; 0: all
+    max_nonfinite_steps: int = 5  # stop after so many NaN or infinite steps in a row
     seed: int = 42  # of dropout and the like
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "eval_batches", "max_skips"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("clip", "eval_every", "save_every", "keep", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"dtype={self.dtype!r}: use auto, bfloat16 or float32")
+        check_int(1, steps=self.steps, grad_accum_steps=self.grad_accum_steps,
+                  log_every=self.log_every, eval_batches=self.eval_batches,
+                  max_nonfinite_steps=self.max_nonfinite_steps)
+        check_int(0, eval_every=self.eval_every, save_every=self.save_every,
+                  keep_last=self.keep_last, seed=self.seed)
+        if not 0 <= self.max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm}: give 0 (no clipping) "
+                             "or a number above 0")
+        if self.minutes is not None:
+            check_positive(minutes=self.minutes)
+        check_choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c047
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    "What one optimizer step saw and did."
+class StepOutput(NamedTuple):
+    "What one optimizer step saw and did; tensors, so that nobody has to wait for them."
 
-    loss_sum: float  # over all valid targets of all micro-batches
-    n_valid: int
-    n_tokens: int
-    grad_norm: float  # of the mean loss, before clipping
+    loss: tuple[Tensor, Tensor]  # sum and number of valid targets; (0, 0) if not finite
+    n_valid: Tensor  # valid targets of all micro-batches
+    grad_norm: Tensor  # of the mean loss, before clipping
     lr: float
-    seconds: float
-    metrics: dict  # the objective's own, of the last micro-batch
+    metrics: dict  # the objective's own, each (sum, count)
 
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss_sum) and math.isfinite(self.grad_norm)
+def check_master_weights(objective: nn.Module) -> None:
+    "`ValueError` for trainable weights that would round small updates away."
+    for name, p in objective.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            kind = str(p.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{name} is {kind}: small updates of {kind} weights are rounded away; "
+                "train model.float() (its products are still done in bf16)")
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c048
-class Stepper:
-    "Micro-batches in, one update of the weights out."
+class NonfiniteCounter:
+    "Steps that were not finite: in all, in a row now, and the most in a row."
 
-    def __init__(self, model, objective, config, optimizer, schedule):
+    def __init__(self, limit: int, device: torch.device):
+        self.limit = limit
+        self.skipped, self.run, self.longest = torch.zeros(3, dtype=torch.long, device=device)
+
+    def add(self, finite: Tensor) -> None:
+        self.skipped = self.skipped + ~finite
+        self.run = (self.run + 1) * ~finite
+        self.longest = torch.maximum(self.longest, self.run)
+
+    def check(self, step: int) -> int:
+        "Steps skipped so far; `ValueError` if too many in a row. Here the host waits."
+        if (n := int(self.longest)) >= self.limit:
+            raise ValueError(
+                f"loss or gradient not finite {n} times in a row, up to step {step}: lower "
+                "the learning rate, warm up for longer, or train in float32")
+        return int(self.skipped)
+
+    def state_dict(self) -> dict:
+        return {"skipped": int(self.skipped)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped = torch.full_like(self.skipped, state["skipped"])
+
+
+def global_sum(count: Tensor | int, device: torch.device) -> Tensor:
+    "The number of valid targets of all ranks: here there is one."
+    return torch.as_tensor(count, device=device)
+
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #5a0bddd5
+class TrainStep:
+    "Micro-batches in, one update of the weights out; the host does not wait for the device."
+
+    def __init__(self, objective, config, optimizer, schedule):
+        check_master_weights(objective)
         self.config, self.schedule = config, schedule
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.model = model.to(self.device)
-        self.objective = torch.compile(objective) if config.compile else objective
-        self.optimizer = optimizer.build(self.model)
+        self.objective = objective.to(self.device)
+        self.forward = torch.compile(objective) if config.compile else objective
+        self.optimizer = optimizer.build(objective)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.skipped = self.skips_in_a_row = 0
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.nonfinite = NonfiniteCounter(config.max_nonfinite_steps, self.device)
 
-    def __call__(self, batches: Iterator[Batch], step: int) -> Update:
-        start = time.perf_counter()
-        factor = self.schedule.multiplier(step, self.config.steps)
+    def __call__(self, batches: Iterator[dict], step: int, time_done: float = 0.0):
+        "One `StepOutput`; `time_done` is the share of the time limit that has passed."
+        factor = self.schedule.multiplier(step, self.config.steps, time_done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = lr * factor
-        seen = self.gradients(islice(batches, self.config.accumulate))
-        limit = self.config.clip or math.inf
-        norm = float(clip_grad_norm(self.model.parameters(), limit))
-        update = Update(**seen, grad_norm=norm, lr=self.base_lrs[0] * factor,
-                        seconds=time.perf_counter() - start)
-        self.apply(update, step)
-        return update
+        micro = islice(batches, self.config.grad_accum_steps)
+        loss_sum, n_valid, metrics = self.backward(micro)
+        count = n_valid.clamp(min=1)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) / count
+        finite = loss_sum.isfinite() & norm.isfinite()
+        limit = self.config.max_grad_norm or math.inf
+        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+        self.update(grads, count / clip, finite)
+        loss = loss_sum.where(finite, 0.0), n_valid.where(finite, 0)
+        return StepOutput(loss, n_valid, norm, self.base_lrs[0] * factor, metrics)
 
-    def gradients(self, batches: Iterable[Batch]) -> dict:
-        "Gradient of the mean loss over *all* valid targets of all micro-batches."
-        loss_sum, n_valid, n_tokens, metrics = 0.0, 0, 0, {}
+    def backward(self, batches: Iterable[dict]) -> tuple[Tensor, Tensor, dict]:
+        "Gradients of the *summed* loss of all micro-batches; its sum, count and metrics."
+        loss_sum, n_valid, metrics = 0.0, 0, {}
         for batch in batches:
-            batch = to_device(batch, self.device)
             with autocast(self.device, self.dtype):
-                loss, n, metrics = self.objective(self.model, batch)
-            loss.backward()
-            loss_sum, n_valid = loss_sum + loss.detach(), n_valid + n
-            n_tokens += batch["input_ids"].numel()
-        for p in self.model.parameters():
-            if p.grad is not None:
-                p.grad.div_(max(int(n_valid), 1))
-        return dict(loss_sum=float(loss_sum), n_valid=int(n_valid), n_tokens=n_tokens,
-                    metrics=metrics)
+                output = check_output(self.forward(to_device(batch, self.device)))
+            output.loss_sum.backward()
+            loss_sum, n_valid = loss_sum + output.loss_sum.detach(), n_valid + output.n_valid
+            for name, (total, count) in output.metrics.items():
+                have = metrics.get(name, (0.0, 0))
+                metrics[name] = have[0] + total, have[1] + count
+        return loss_sum, global_sum(n_valid, self.device), metrics
 
-    def apply(self, update: Update, step: int) -> None:
-        "Move the weights, unless loss or gradient is NaN or infinite."
-        if update.finite:
+    def update(self, grads: list[Tensor], divisor: Tensor, finite: Tensor) -> None:
+        "Divide the gradients and move the weights, unless something is NaN or infinite."
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # it is fused
+            self.optimizer.grad_scale = divisor.float()
+            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.step()
+            self.optimizer.grad_scale = self.optimizer.found_inf = None
+        elif finite:  # the host waits
+            torch._foreach_div_(grads, divisor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += not update.finite
-        self.skips_in_a_row = 0 if update.finite else self.skips_in_a_row + 1
-        if self.skips_in_a_row >= self.config.max_skips:
-            raise ValueError(
-                f"loss or gradient not finite {self.skips_in_a_row} times in a row, "
-                f"last at step {step + 1}: lower lr={self.base_lrs[0]}, warm up for "
-                "longer, or train in float32")
+        self.nonfinite.add(finite)
 
 # %% ../../nbs/00_transformer/08_training_loop.ipynb #c052
-class Meter:
-    "Rows of metrics: in memory, in metrics.jsonl, and at every callback."
-
-    def __init__(self, path: Path | None = None, callbacks: Iterable[Callable] = ()):
-        self.path, self.callbacks, self.rows = path, tuple(callbacks), []
-        self.tokens = 0
-        self.loss_sum, self.n_valid = 0.0, 0  # since the last row
-        self.seconds, self.n_tokens = 0.0, 0
-
-    def add(self, update: Update) -> None:
-        self.update, self.tokens = update, self.tokens + update.n_tokens
-        self.seconds += update.seconds
-        self.n_tokens += update.n_tokens
-        if update.finite:
-            self.loss_sum += update.loss_sum
-            self.n_valid += update.n_valid
-
-    def row(self, step: int, **more) -> dict:
-        "Means since the last row; JSON has no NaN, so what is not finite is null."
-        norm = self.update.grad_norm
-        row = {
-            "step": step,
-            "loss": self.loss_sum / self.n_valid if self.n_valid else None,
-            "lr": self.update.lr,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "tokens": self.tokens,
-            "tokens_per_s": self.n_tokens / self.seconds,
-        } | {name: float(value) for name, value in self.update.metrics.items()} | more
-        self.loss_sum, self.n_valid, self.seconds, self.n_tokens = 0.0, 0, 0.0, 0
-        self.rows.append(row)
-        if self.path:
-            append_metrics(self.path, row)
-        for callback in self.callbacks:
-            callback(row)
-        return row
-
-    def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("tokens", "loss_sum", "n_valid")}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.tokens, self.loss_sum, self.n_valid = state.values()
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c054
-class Reporter:
-    "Progress for people: a bar in a terminal, a short line now and then elsewhere."
-
-    def __init__(self, steps: int, quiet: bool = False):
-        self.steps, self.quiet, self.next_line, self.bar = steps, quiet, 0, None
-
-    def __enter__(self):
-        if not self.quiet and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TimeRemainingColumn
-            self.bar = Progress("{task.completed}/{task.total}", BarColumn(),
-                                TimeRemainingColumn(), "{task.description}")
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.steps)
-        return self
-
-    def __exit__(self, *error):
-        if self.bar:
-            self.bar.stop()
-
-    def step(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=step)
-
-    def row(self, row: dict) -> None:
-        if self.bar:
-            self.bar.update(self.task, description=describe(row))
-        elif "val_loss" in row or row["step"] >= self.next_line:
-            self.next_line = row["step"] + self.steps // 10
-            self.say(f"step {row['step']:>6}/{self.steps}  {describe(row)}")
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
-
-def describe(row: dict) -> str:
-    "A row of metrics in a few words."
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
-    text = f"loss {loss}  {row['tokens_per_s']:,.0f} tokens/s"
-    units = {"val_loss": "val loss", "val_bits_per_byte": "bits/byte"}
-    for name, unit in units.items():
-        text += f"  {unit} {row[name]:.3f}" if name in row else ""
-    return text
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c056
-def endless(loader: Iterable[Batch]) -> Iterator[Batch]:
+def cycle(loader: Iterable[dict]) -> Iterator[dict]:
     "Batches for ever: a loader that ends is started again."
     while True:
         batch = None
         for batch in loader:
             yield batch
         if batch is None:
-            raise ValueError("the loader gave no batch: the training data is empty")
+            raise ValueError("the loader gave no batch: the training data is empty, or it "
+                             "is an iterator, which cannot be started again")
 
-def check_same_run(saved: dict, given: dict, path: Path) -> None:
-    "A checkpoint goes on only with the model and the tokenizer that made it."
-    for key in ("model", "tokenizer"):
-        if key in saved and key in given and saved[key] != given[key]:
-            raise ValueError(f"{path} has {key} {saved[key]}, now it is {given[key]}: "
-                             f"use the same {key}, or choose another out_dir")
+def checked_batches(loader: Iterable[dict], train_step: TrainStep) -> Iterator[dict]:
+    "`cycle(loader)`, once the first batch has shown that all contracts are kept."
+    batches = cycle(loader)
+    first = next(batches)
+    with autocast(train_step.device, train_step.dtype):
+        check_contract(train_step.objective, to_device(first, train_step.device))
+    return chain([first], batches)
 
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c057
-class RunOnDisk:
-    "The half of the Trainer that knows files: where to begin, what to save."
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #49cbe05c
+def check_parts(objective, loader, config, optimizer, schedule) -> None:
+    "`ValueError` that names the contract which something given to the Trainer breaks."
+    check_single_process()
+    check_objective(objective)
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config is a {type(config).__name__}; give a TrainConfig")
+    if not isinstance(loader, Iterable):
+        raise ValueError(f"the loader is a {type(loader).__name__}; give an iterable of "
+                         "dicts of tensors, such as PackedLoader")
+    wanted = {"optimizer": (optimizer, "build", "AdamWConfig(lr=3e-4)"),
+              "schedule": (schedule, "multiplier", "ScheduleConfig(kind='wsd')")}
+    for name, (given, method, example) in wanted.items():
+        if not callable(getattr(given, method, None)):
+            raise ValueError(f"{name} is a {type(given).__name__}; give a config with a "
+                             f"method {method}, such as {example}")
+    schedule.multiplier(0, config.steps)  # refuses a warm-up that fills the run
 
-    saved_step = 0
+def run_settings(config: TrainConfig, optimizer, schedule) -> dict:
+    "What decides the course of a run, as JSON gives it back; a resume must have the same."
+    names = ("grad_accum_steps", "max_grad_norm", "dtype", "seed")
+    settings: dict = {name: getattr(config, name) for name in names}
+    for name, part in (("optimizer", optimizer), ("schedule", schedule)):
+        settings[name] = asdict(part) if is_dataclass(part) else repr(part)
+    return json.loads(json.dumps(settings))
 
-    def begin(self, resume: bool, say: Callable[[str], None]) -> None:
-        "Fresh start or resumption; refuses to write over another run."
-        if self.step == 0:
-            seed_everything(self.config.seed)
-        if self.out_dir is None or self.step > 0:  # fit called again goes on in memory
-            return
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        if (self.out_dir / "checkpoints" / "latest").exists():
-            found = find_checkpoint(self.out_dir)
-            if not resume:
-                raise ValueError(f"{found} exists: resume it or choose another out_dir")
-            self.load(found)
-            say(f"resumed at step {self.step}")
-        elif resume:
-            say(f"no checkpoint in {self.out_dir}: starting at step 0")
-        self.meter.rows = cut_metrics(self.out_dir / "metrics.jsonl", self.step)
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #c054
+def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) -> None:
+    "Step, log, save, until the run is done, a signal came, or a callback asked to stop."
+    train_step, progress, metrics = trainer.train_step, trainer.progress, trainer.metrics
+    progress.start()
+    batches = checked_batches(trainer.loader, train_step)
+    metrics.stop_requested = False
+    trainer.objective.train()
+    while progress.done < 1 and not (stop.received or metrics.stop_requested):
+        start = time.perf_counter()
+        output = train_step(batches, progress.step, progress.time_done)
+        metrics.add(output, time.perf_counter() - start)
+        progress.advance()
+        report.step(progress.step, progress.done)
+        trainer.log(report)
+        if trainer.checkpoints and progress.due(trainer.config.save_every):
+            trainer.checkpoints.save()
+    progress.stop()
 
-    def load(self, found: Path) -> None:
-        check_same_run(load_metadata(found), self.metadata, found)
-        state = load_checkpoint(found, self.model, self.optimizer, self.loader)
-        self.step = self.saved_step = state["step"]
-        self.meter.load_state_dict(state["extra"]["meter"])
-        self.stepper.skipped = state["extra"]["skipped"]
-
-    def save(self) -> None:
-        "A checkpoint of this step, unless it is there already."
-        if self.out_dir is None or self.step == self.saved_step:
-            return
-        extra = {"meter": self.meter.state_dict(), "skipped": self.stepper.skipped}
-        save_checkpoint(
-            self.out_dir / "checkpoints", self.step, self.model, self.optimizer,
-            self.loader, metadata=self.metadata, extra=extra, keep=self.config.keep)
-        self.saved_step = self.step
-
-# %% ../../nbs/00_transformer/08_training_loop.ipynb #c059
-class Trainer(RunOnDisk):
-    "Minimise `objective` over the batches of `loader`: `Trainer(...).fit()`."
+# %% ../../nbs/00_transformer/08_training_loop.ipynb #061f1fa9
+class Trainer:
+    "Minimize an objective over the batches of a loader: `Trainer(...).train()`."
 
     def __init__(
-        self, model: nn.Module,
-        loader: Iterable[Batch],  # resumes if it has state_dict, load_state_dict
-        objective: Objective,  # (model, batch) -> (loss_sum, n_valid, metrics)
+        self, objective: nn.Module,  # around a model: NextTokenObjective(model)
+        loader: Iterable[dict],  # resumes if it has state_dict, load_state_dict
         config: TrainConfig | None = None, *,
-        optimizer: AdamWConfig | None = None, schedule: ScheduleConfig | None = None,
+        optimizer=None, schedule=None,  # None: AdamWConfig(), ScheduleConfig()
         out_dir: Path | str | None = None,  # metrics.jsonl, checkpoints/; None: nothing
-        eval_loader: Iterable[Batch] | None = None,
-        bytes_per_token: float | None = None,  # of the evaluation text
+        eval_loader: Iterable[dict] | None = None,
+        bytes_per_token: float | None = None,  # text bytes for each validation target
         metadata: dict | None = None,  # JSON-able, kept in every checkpoint
-        callbacks: Iterable[Callable[[dict], None]] = (), quiet: bool = False,
+        callbacks: Iterable[Callable] = (),  # each gets the rows; True saves and stops
+        quiet: bool = False,
     ):
-        self.config = config or TrainConfig()
-        optimizer, schedule = optimizer or AdamWConfig(), schedule or ScheduleConfig()
-        self.stepper = Stepper(model, objective, self.config, optimizer, schedule)
-        self.model, self.optimizer = self.stepper.model, self.stepper.optimizer
-        self.loader, self.eval_loader = loader, eval_loader
-        self.out_dir = None if out_dir is None else Path(out_dir)
-        self.meter = Meter(self.out_dir and self.out_dir / "metrics.jsonl", callbacks)
-        self.metadata, self.bytes_per_token = metadata or {}, bytes_per_token
-        self.quiet, self.step = quiet, 0
-        self.interrupted: int | None = None  # number of the signal that ended fit
+        config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
+        schedule = schedule or ScheduleConfig()
+        check_parts(objective, loader, config, optimizer, schedule)
+        self.config, self.loader, self.quiet = config, loader, quiet
+        self.objective, self.model = objective, objective.model
+        self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
+        self.train_step = TrainStep(objective, config, optimizer, schedule)
+        self.progress = RunProgress(config.steps, config.minutes)
+        out = None if out_dir is None else Path(out_dir)
+        self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
+        self.checkpoints = out and CheckpointManager(
+            out, self, run_settings(config, optimizer, schedule), metadata)
+        self.interrupted: int | None = None  # number of the signal that ended train
 
-    def fit(self, resume: bool = False) -> list[dict]:
-        "Train to the last step, or to Ctrl-C or SIGTERM; returns the rows of metrics."
-        with StopSignals() as stop, Reporter(self.config.steps, self.quiet) as report:
-            self.begin(resume, report.say)
-            batches = endless(self.loader)
-            self.model.train()
-            while self.step < self.config.steps and not stop.received:
-                self.meter.add(self.stepper(batches, self.step))
-                self.step += 1
-                report.step(self.step)
-                self.log(report)
-                if self.due(self.config.save_every):
-                    self.save()
-            self.save()
+    def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
+        """To the end, to a signal (Ctrl-C, SIGTERM, ...) or to a callback's True.
+
+        `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
+        config with more steps or minutes than the checkpoint's. Returns the metrics."""
+        with StopSignals() as stop, ProgressReporter(self.quiet) as report:
+            if self.progress.step == 0:  # called again it goes on in memory
+                seed_everything(self.config.seed)
+                if self.checkpoints:
+                    self.checkpoints.begin(resume, extend, report.say)
+            take_steps(self, report, stop)
+            if self.checkpoints:
+                self.checkpoints.save()
             self.interrupted = stop.received
-            if stop.received:
-                report.say(f"stopped by signal {stop.received} after step {self.step}")
-        return self.meter.rows
+            if self.progress.done < 1:
+                why = f"signal {stop.received}" if stop.received else "a callback"
+                report.say(f"stopped by {why} after step {self.progress.step}")
+        return self.metrics.rows
 
-    def due(self, every: int) -> bool:
-        return self.step == self.config.steps or every > 0 and self.step % every == 0
-
-    def log(self, report: Reporter) -> None:
-        evaluating = self.eval_loader is not None and self.due(self.config.eval_every)
-        if evaluating or self.due(self.config.log_every):
-            more = {"skipped": self.stepper.skipped}
-            more |= self.evaluate() if evaluating else {}
-            report.row(self.meter.row(self.step, **more))
+    def log(self, report: ProgressReporter) -> None:
+        progress, row = self.progress, {}
+        if self.eval_loader is not None and progress.due(self.config.eval_every):
+            row = self.evaluate()
+        if row or progress.due(self.config.log_every):
+            row["skipped"] = self.train_step.nonfinite.check(progress.step)
+            report.row(self.metrics.row(progress.step, **row), progress.done)
 
     def evaluate(self) -> dict[str, float]:
-        return evaluate(self.model, self.eval_loader, self.stepper.objective,
-                        self.config.eval_batches, dtype=self.config.dtype,
-                        bytes_per_token=self.bytes_per_token)
+        return evaluate(self.objective, self.eval_loader, self.config.eval_batches,
+                        self.bytes_per_token, dtype=self.config.dtype)
