@@ -292,7 +292,8 @@ def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
         return
     course = lesson.course
     before = course.lessons[: course.lessons.index(lesson)]
-    known = {f"skylar.{earlier.module}" for earlier in before} | {"skylar.viz", "skylar"}
+    plumbing = [nb for nb in course.notebooks if nb.path.parent.name == "library"]
+    known = {f"skylar.{nb.module}" for nb in (*before, *plumbing)} | {"skylar.viz", "skylar"}
     for module, name in lesson.imports:
         if not re.match(r"skylar\b|\.", module):
             continue
