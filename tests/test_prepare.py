@@ -104,6 +104,10 @@ def test_impossible_settings_leave_nothing(tmp_path, lines, wrong, message):
         prepare_data(lines, out=tmp_path / "d", **wrong)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         prepare_data(tmp_path / "nowhere", out=tmp_path / "d")
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        prepare_data(lines, out=tmp_path / "d", tokenizer=tmp_path / "none")
+    with pytest.raises(ValueError, match="vocab_size 12"):
+        prepare_data(lines, out=tmp_path / "d", vocab_size=12)
     assert not (tmp_path / "d").exists()
 
 
@@ -139,6 +143,7 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path, lines):
     with directory_lock(tmp_path / "d"):
         with pytest.raises(ValueError, match="another process is making data there"):
             prepare_data(lines, out=tmp_path / "d", vocab_size=280)
+        assert (tmp_path / "d" / ".lock").exists()  # the other one's
 
 
 # --- verifying ------------------------------------------------------------------------------

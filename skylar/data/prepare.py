@@ -10,6 +10,7 @@ __all__ = ['split', 'has_val_document', 'check_recipe', 'corpus_tokenizer', 'pre
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -86,6 +87,7 @@ def corpus_tokenizer(folder: Path, recipe: dict, progress: bool = False) -> BPET
         print(f"training a tokenizer of {recipe['vocab_size']:,} tokens", flush=True)
         texts = _pieces(track(stream, "reading for the tokenizer", show=progress))
         bpe = BPETokenizer.train(texts, vocab_size=recipe["vocab_size"])
+    atomic_write(folder / "corpus.json", json.dumps(recipe, indent=1) + "\n")
     with atomic_directory(folder / "tokenizer") as part:
         bpe.save(part)
     return bpe
@@ -121,10 +123,21 @@ def prepare_data(
               "vocab_size": vocab_size, "val_fraction": val_fraction, "text_field": text_field}
     check_recipe(folder, recipe)
     documents(source, text_field)  # refuses a corpus that is not there before anything is made
-    with directory_lock(folder, message="another process is making data there"):
-        if not (folder / "corpus.json").exists():
-            atomic_write(folder / "corpus.json", json.dumps(recipe, indent=1) + "\n")
+    with _working_in(folder):
         _write_parts(folder, recipe, shard_bytes=shard_mb << 20, workers=workers)
+
+
+@contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    "Hold the folder for this process; if nothing was made in it, it disappears again."
+    with directory_lock(folder, message="another process is making data there"):
+        try:
+            yield
+        finally:
+            if [p.name for p in folder.iterdir()] == [".lock"]:
+                with suppress(OSError):  # Windows keeps a file that is open
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
 
 
 def _write_parts(folder: Path, recipe: dict, **options) -> None:
