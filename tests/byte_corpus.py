@@ -32,3 +32,21 @@ def write(texts, out, **kwargs):
 def stream(texts):
     """What the shards must hold, by the definition."""
     return [t for text in texts for t in (256, *text.encode(), 257)]
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    """The same bytes with one bit flipped, one byte changed, the end or a few bytes gone, or
+    a stretch repeated."""
+    bad, at = bytearray(data), int(rng.integers(len(data)))
+    kind = rng.integers(5)
+    if kind == 0:
+        bad[at] ^= 1 << int(rng.integers(8))
+    elif kind == 1:
+        bad[at] = int(rng.integers(256))
+    elif kind == 2:
+        del bad[at:]
+    elif kind == 3:
+        del bad[at : at + 1 + int(rng.integers(9))]
+    else:
+        bad[at:at] = bad[max(0, at - 9) : at]
+    return bytes(bad)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_corpus import damaged
 
 from skylar.data import prepare
 from skylar.data.loader import PackedLoader
@@ -180,13 +181,7 @@ def test_seeded_damage_of_a_data_folder_is_noticed_or_changes_nothing(data, line
     rng, right = np.random.default_rng(1), {p: d[:].tolist() for p, d in open_data(data)[1].items()}
     for _ in range(150):
         name = names[rng.integers(len(names))]
-        bad = bytearray(before[name])
-        at = int(rng.integers(len(bad)))
-        match rng.integers(3):
-            case 0: bad[at] ^= 1 << int(rng.integers(8))
-            case 1: del bad[at:]
-            case 2: del bad[at : at + 1 + int(rng.integers(9))]
-        (data / name).write_bytes(bad)
+        (data / name).write_bytes(damaged(before[name], rng))
         for call in (lambda: open_data(data)[1],
                      lambda: prepare_data(lines, out=data, vocab_size=280, val_fraction=0.4)):
             try:

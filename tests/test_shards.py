@@ -1,6 +1,5 @@
 """Shards at their boundaries: kill, damage, full disks, tiny and large documents."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,8 +9,7 @@ import time
 
 import numpy as np
 import pytest
-
-from byte_corpus import Bytes, corpus, stream, write
+from byte_corpus import Bytes, corpus, damaged, stream, write
 
 from skylar.data import shards
 from skylar.data.shards import (
@@ -246,15 +244,7 @@ def test_seeded_damage_is_noticed_in_one_line_or_changes_nothing(dataset):
     rng, noticed = np.random.default_rng(0), 0
     for _ in range(400):
         name = rng.choice(sorted(before))
-        data = bytearray(before[name])
-        at = int(rng.integers(len(data)))
-        match rng.integers(5):
-            case 0: data[at] ^= 1 << int(rng.integers(8))
-            case 1: data[at] = int(rng.integers(256))
-            case 2: del data[at:]
-            case 3: del data[at]
-            case 4: data[at:at] = data[max(0, at - 9) : at]
-        (folder / name).write_bytes(data)
+        (folder / name).write_bytes(damaged(before[name], rng))
         try:
             totals, again = verify_shards(folder), ShardDataset(folder)
             assert totals["n_tokens"] == len(tokens) and again[:].tolist() == tokens

