@@ -24,7 +24,8 @@ from common import record
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from skylar.data.sources import MODELS, documents, fetch_model
+from skylar.data.model_files import MODELS, fetch_model
+from skylar.data.sources import documents
 from skylar.inference.generate import generate, next_logits
 from skylar.inference.packing import packed
 from skylar.inference.sampling import inference

@@ -12,7 +12,8 @@ import time
 import torch
 from common import record
 
-from skylar.data.shards import PackedLoader, ShardDataset, write_shards
+from skylar.data.loader import PackedLoader
+from skylar.data.shards import ShardDataset, write_shards
 from skylar.data.sources import documents
 from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM

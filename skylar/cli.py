@@ -171,7 +171,7 @@ LEGEND = ("D width, H heads, Dh head width, L layers, F feed-forward width, V "
 
 def add_training_flags(parser: Parser) -> None:
     "The flags of every dataclass and function that a training run is made of."
-    from skylar.data.shards import PackedLoader
+    from skylar.data.loader import PackedLoader
     from skylar.models.presets import FAMILIES
     from skylar.training.optim import AdamWConfig, ScheduleConfig
     from skylar.training.run import prepare_data

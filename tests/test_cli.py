@@ -77,7 +77,7 @@ def pretrain(home, *more) -> list[str]:
 
 def test_data_folder(home):
     parts = {p.name for p in (home / "data").iterdir()}
-    assert parts == {"corpus.json", "tokenizer", "train", "val"}
+    assert parts == {".lock", "corpus.json", "tokenizer", "train", "val"}
     assert (home / "data" / "val" / "manifest.json").exists()
 
 
@@ -351,7 +351,7 @@ def test_wrong_commands(capsys, words, answer):
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["--val_fraction", "0.9"], "val_fraction=0.9"),
+    (["--val_fraction", "1.0"], "val_fraction=1.0"),
     (["--shard_mb", "0"], "shard_mb=0"),
     (["--vocab_size", "12"], "12"),
     (["--tokenizer", "nowhere"], "nowhere"),

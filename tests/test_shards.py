@@ -1,55 +1,23 @@
-"""Shards and loader at their boundaries: kill, damage, epoch ends, ranks, tiny corpora."""
+"""Shards at their boundaries: kill, damage, full disks, tiny and large documents."""
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import numpy as np
 import pytest
-import torch
+from byte_corpus import Bytes, corpus, damaged, stream, write
 
 from skylar.data import shards
 from skylar.data.shards import (
-    PackedLoader,
     ShardDataset,
-    permute,
     token_dtype,
     verify_shards,
     write_shards,
 )
-
-
-class Bytes:
-    """The smallest tokenizer: a token is a byte; two more begin and end a document."""
-
-    vocab_size, bos_id, eos_id = 258, 256, 257
-    fingerprint = hashlib.sha256(b"bytes").hexdigest()
-
-    def encode_batch(self, texts):
-        return [list(text.encode()) for text in texts]
-
-
-def corpus(n=40, seed=0):
-    """Documents of many lengths, among them an empty one and a one-letter one."""
-    rng = np.random.default_rng(seed)
-    texts = ["".join(rng.choice(list("abcdé \n"), size=rng.integers(2, 90))) for _ in range(n)]
-    texts[3], texts[7] = "", "x"
-    return texts
-
-
-def write(texts, out, **kwargs):
-    return write_shards(texts, Bytes(), out, progress=False, **kwargs)
-
-
-def stream(texts):
-    """What the shards must hold, by the definition."""
-    return [t for text in texts for t in (256, *text.encode(), 257)]
 
 
 @pytest.fixture
@@ -137,7 +105,7 @@ def test_the_real_tokenizer_round_trips(tmp_path):
 SLOW_WRITER = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from test_shards import Bytes, corpus
+from byte_corpus import Bytes, corpus
 from skylar.data import shards
 shards._batched.__defaults__ = (50,)
 
@@ -234,6 +202,16 @@ def test_verify_names_shard_and_offset_of_one_flipped_bit(tmp_path, monkeypatch)
     ("shard-00000.sha256", lambda d: b"0" + d[1:], r"shard-00000\.sha256 is damaged"),
     ("manifest.json", lambda d: d[:50], r"manifest\.json is damaged"),
     ("manifest.json", lambda d: b"{}", r"unknown format"),
+    ("manifest.json", lambda d: b"[]", r"manifest\.json is damaged: it holds a list"),
+    ("manifest.json", lambda d: b"[" * 100_000, r"manifest\.json is damaged"),
+    ("manifest.json", lambda d: b"\xff" + d, r"manifest\.json is damaged"),
+    ("manifest.json", lambda d: d.replace(b'"blocks_sha256"', b'"blockS_sha256"'),
+     r"does not match its checksum"),
+    ("manifest.json", lambda d: d.replace(b'"n_tokens": ', b'"n_tokens": 1'),
+     r"does not match its checksum"),
+    ("manifest.json", lambda d: d.replace(b'"vocab_size": 258', b'"vocab_size": "258"'),
+     r"does not match its checksum"),
+    ("manifest.json", lambda d: d.replace(b'shards 2', b'shards 9'), r"unknown format"),
 ])
 def test_verify_says_what_is_wrong(dataset, name, damage, message):
     path = dataset.folder / name
@@ -260,216 +238,134 @@ def test_another_tokenizer_is_refused(dataset):
     ShardDataset(dataset.folder, Bytes())
 
 
-# --- the permutation --------------------------------------------------------------------
+def test_seeded_damage_is_noticed_in_one_line_or_changes_nothing(dataset):
+    """Flip, cut, drop or repeat bytes anywhere in any file of a folder of shards."""
+    folder, before, tokens = dataset.folder, files(dataset.folder), dataset[:].tolist()
+    rng, noticed = np.random.default_rng(0), 0
+    for _ in range(400):
+        name = rng.choice(sorted(before))
+        (folder / name).write_bytes(damaged(before[name], rng))
+        try:
+            totals, again = verify_shards(folder), ShardDataset(folder)
+            assert totals["n_tokens"] == len(tokens) and again[:].tolist() == tokens
+            assert again.text_bytes == dataset.text_bytes and again.vocab_size == 258
+            assert again.fingerprint == dataset.fingerprint
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error) and (name in str(error) or "shard-" in str(error))
+            noticed += 1
+        (folder / name).write_bytes(before[name])
+    assert noticed > 350
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1023, 1025, 5000])
-def test_permute_is_a_permutation(n):
-    for epoch in range(3):
-        assert sorted(permute(np.arange(n), n, 1, epoch).tolist()) == list(range(n))
+@pytest.mark.parametrize("name", ["progress.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [lambda d: d[:40], lambda d: b"[]", lambda d: b"{}",
+                                    lambda d: d.replace(b'"tokens": ', b'"tokens": 1')])
+def test_a_damaged_note_of_progress_stops_the_writer_in_one_line(tmp_path, name, damage):
+    write(corpus(), tmp_path, shard_bytes=700)
+    (tmp_path / "manifest.json").rename(tmp_path / name)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name}.*(damaged|unknown format)"):
+        write(corpus(), tmp_path, shard_bytes=700)
 
 
-def test_permute_differs_by_seed_and_epoch_and_needs_no_table():
-    i = np.arange(1000)
-    a, b, c = permute(i, 1000, 0), permute(i, 1000, 1), permute(i, 1000, 0, 1)
-    assert (a != b).mean() > 0.99 and (a != c).mean() > 0.99
-    assert (a == permute(i, 1000, 0)).all()
-    huge = permute(np.array([0, 1, 10**15]), 10**15 + 1, 0)
-    assert ((0 <= huge) & (huge <= 10**15)).all() and len(set(huge.tolist())) == 3
+def test_a_finished_shard_that_has_gone_is_noticed_when_going_on(tmp_path):
+    write(corpus(), tmp_path, shard_bytes=700)
+    (tmp_path / "shard-00001.bin").unlink()
+    with pytest.raises(ValueError, match="shard-00001.bin is missing"):
+        write(corpus(), tmp_path, shard_bytes=700)
 
 
-# --- batches ----------------------------------------------------------------------------
+def test_a_shard_that_lies_outside_the_folder_is_not_read(dataset, tmp_path):
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes((dataset.folder / "shard-00000.bin").read_bytes())
+    (dataset.folder / "shard-00000.bin").unlink()
+    (dataset.folder / "shard-00000.bin").symlink_to(outside)
+    with pytest.raises(ValueError, match="link out of its folder"):
+        ShardDataset(dataset.folder)
 
 
-def reference(tokens, start, T):
-    """One window by the definition, token by token, of (token, document) pairs."""
-    ids, labels, documents, positions = [], [], [], []
-    for at in range(start, start + T):
-        token, doc = tokens[at]
-        same = at + 1 < len(tokens) and tokens[at + 1][1] == doc
-        labels.append(tokens[at + 1][0] if same else -100)
-        new = at == start or tokens[at - 1][1] != doc
-        positions.append(0 if new else positions[-1] + 1)
-        ids.append(token)
-        documents.append(doc)
-    return ids, labels, documents, positions
+# --- documents of any length --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 16, 50, 333])
-def test_every_window_is_as_defined(dataset, T):
-    tokens = [(t, d) for d, text in enumerate(corpus()) for t in (256, *text.encode(), 257)]
-    loader = PackedLoader(dataset, batch_size=1, seq_len=T, shuffle=False, prefetch=0)
-    for window, batch in zip(range(loader.n_windows), loader):
-        expected = reference(tokens, window * T, T)
-        keys = ("input_ids", "labels", "document_ids", "position_ids")
-        for key, row in zip(keys, expected):
-            assert batch[key].shape == (1, T) and batch[key].dtype == torch.int64
-            assert batch[key][0].tolist() == row, (window, key)
+def test_a_long_document_has_the_ids_that_it_has_in_one_piece(tmp_path, monkeypatch):
+    from skylar.data.tokenizer import BPETokenizer
+
+    text = "To be, or not to be: that is the question.\n" * 5000  # cut at 65,536
+    tokenizer = BPETokenizer.train([text[:5000]], 290)
+    monkeypatch.setattr(shards, "LONG_TEXT", 1000)
+    write_shards(["short", text, "", text[::-1]], tokenizer, tmp_path, progress=False)
+    expected = [tokenizer.encode(t) for t in ("short", text, "", text[::-1])]
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert ShardDataset(tmp_path)[:].tolist() == [i for x in expected for i in (bos, *x, eos)]
 
 
-def test_a_corpus_that_ends_with_its_last_window(tmp_path):
-    write(["abcd", "ef"], tmp_path)  # 6 + 4 tokens
-    loader = PackedLoader(ShardDataset(tmp_path), batch_size=2, seq_len=5, shuffle=False)
-    batch = next(iter(loader))
-    assert batch["input_ids"].tolist() == [[256, 97, 98, 99, 100], [257, 256, 101, 102, 257]]
-    assert batch["labels"].tolist() == [[97, 98, 99, 100, 257], [-100, 101, 102, 257, -100]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]]
+def test_documents_are_told_apart_where_their_bytes_are_the_same(tmp_path):
+    write(["ab", "c"], tmp_path)
+    for other in (["a", "bc"], ["a\0b", "c"], ["abc", ""]):
+        with pytest.raises(ValueError, match="other documents"):
+            write(other, tmp_path)
 
 
-def test_a_corpus_of_one_window(tmp_path):
-    write(["abc"], tmp_path)
-    loader = PackedLoader(ShardDataset(tmp_path), batch_size=3, seq_len=5)
-    batch = next(iter(loader))
-    assert loader.n_windows == len(loader) == 1
-    assert batch["input_ids"].tolist() == [[256, 97, 98, 99, 257]] * 3
+# --- bytes of text, and data in memory -----------------------------------------------------
 
 
-def test_a_corpus_shorter_than_a_window_is_refused(tmp_path):
-    write(["abc"], tmp_path)
-    with pytest.raises(ValueError, match="5 tokens, fewer than one window of seq_len=6"):
-        PackedLoader(ShardDataset(tmp_path), batch_size=1, seq_len=6)
+def test_bytes_per_target_token_by_counting(dataset):
+    targets = sum(len(text.encode()) + 1 for text in corpus())  # each byte, and <eos>
+    assert dataset.bytes_per_token == sum(len(t.encode()) for t in corpus()) / targets
 
 
-@pytest.mark.parametrize("wrong", [dict(batch_size=0), dict(seq_len=0), dict(rank=2)])
-def test_impossible_settings_are_refused(dataset, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        PackedLoader(dataset, **{"batch_size": 1, "seq_len": 8, "world_size": 2, **wrong})
+def test_the_fingerprint_is_of_the_data_and_not_of_how_it_is_cut(tmp_path, dataset):
+    write(corpus(), tmp_path / "b", shard_bytes=300)
+    assert ShardDataset(tmp_path / "b").fingerprint == dataset.fingerprint
+    for n, texts in enumerate((corpus()[1:] + corpus()[:1], [*corpus()[:-1], corpus()[-1] + "x"])):
+        write(texts, tmp_path / f"other{n}")
+        assert ShardDataset(tmp_path / f"other{n}").fingerprint != dataset.fingerprint
 
 
-# --- order, ranks, resuming -------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["list", "uint16", "int64", "memmap", "tensor"])
+def test_a_dataset_from_ids_is_the_one_from_shards(tmp_path, dataset, kind):
+    ids = stream(corpus())
+    starts = np.flatnonzero(np.array(ids) == 256)
+    if kind == "memmap":
+        np.array(ids, np.uint16).tofile(tmp_path / "train.bin")
+        given = np.memmap(tmp_path / "train.bin", np.uint16, "r")
+    elif kind == "tensor":
+        import torch
+        given = torch.tensor(ids)
+    else:
+        given = ids if kind == "list" else np.array(ids, kind)
+    made = ShardDataset.from_ids(given, starts=starts, text_bytes=dataset.text_bytes)
+    assert made.n_tokens == dataset.n_tokens and made.n_documents == dataset.n_documents
+    assert made.bytes_per_token == dataset.bytes_per_token and made.vocab_size == 258
+    assert made[5:99].tolist() == ids[5:99] and made[5:99].dtype == np.int64
+    for i, j in ((0, 5), (3, 300), (17, 18), (0, len(ids))):
+        (a, b), (c, d) = made.boundaries(i, j), dataset.boundaries(i, j)
+        assert a == c and b.tolist() == d.tolist()
 
 
-def take(loader, n):
-    """n batches as a list of rows (each row one window's tokens, as a tuple)."""
-    it, rows = iter(loader), []
-    for _ in range(n):
-        rows.append([tuple(r) for r in next(it)["input_ids"].tolist()])
-    it.close()
-    return rows
+def test_the_fingerprint_of_ids_does_not_depend_on_their_type():
+    prints = {ShardDataset.from_ids(x).fingerprint
+              for x in ([1, 2, 3], np.array([1, 2, 3], np.uint16), np.array([1, 2, 3]))}
+    assert len(prints) == 1
+    assert ShardDataset.from_ids([1, 2, 4]).fingerprint not in prints
+    assert ShardDataset.from_ids([1, 2, 3], starts=[0, 1]).fingerprint not in prints
 
 
-def make(dataset, **kwargs):
-    return PackedLoader(dataset, **{"batch_size": 3, "seq_len": 16, "seed": 5, **kwargs})
-
-
-def flat(rows):
-    return [row for batch in rows for row in batch]
-
-
-def test_an_epoch_sees_every_window_once_in_a_new_order(dataset):
-    loader = make(dataset, batch_size=1)
-    n = loader.n_windows
-    rows = flat(take(loader, 2 * n))
-    plain = flat(take(make(dataset, batch_size=1, shuffle=False), n))
-    assert sorted(rows[:n]) == sorted(rows[n:]) == sorted(plain)
-    assert rows[:n] != rows[n:] and rows[:n] != plain
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_ranks_are_disjoint_and_cover_the_epoch_also_when_sizes_do_not_divide(
-        dataset, world_size):
-    one = make(dataset, batch_size=2 * world_size)
-    ranks = [make(dataset, batch_size=2, rank=r, world_size=world_size)
-             for r in range(world_size)]
-    steps = 3 * len(one)  # across two epoch ends
-    assert one.n_windows % (2 * world_size)  # the sizes do not divide
-    whole, parts = take(one, steps), [take(loader, steps) for loader in ranks]
-    assert whole == [[row for p in parts for row in p[s]] for s in range(steps)]
-    assert {loader.position for loader in ranks} == {one.position}
-    assert sorted(set(flat(whole[: len(one)]))) == sorted(set(flat(take(
-        make(dataset, batch_size=1, shuffle=False), one.n_windows))))
-
-
-@pytest.mark.parametrize("prefetch", [0, 1, 4])
-@pytest.mark.parametrize("when", ["start", "mid-epoch", "epoch boundary", "second epoch"])
-def test_resume_is_exact(dataset, when, prefetch):
-    one = make(dataset, batch_size=1)
-    steps = {"start": 0, "mid-epoch": 7, "epoch boundary": one.n_windows,
-             "second epoch": one.n_windows + 9}[when]
-    first = make(dataset, batch_size=1, prefetch=prefetch)
-    take(first, steps)
-    state = json.loads(json.dumps(first.state_dict()))
-    assert state["position"] == steps and first.epoch == steps // one.n_windows
-    second = make(dataset, batch_size=1, prefetch=prefetch)
-    second.load_state_dict(state)
-    expected = take(one, steps + 2 * one.n_windows)[steps:]
-    assert take(second, 2 * one.n_windows) == expected
-    assert take(first, 2 * one.n_windows) == expected  # and going on is the same
-
-
-def test_state_counts_batches_handed_out_not_batches_prepared(dataset):
-    loader = make(dataset, prefetch=8)
-    it = iter(loader)
-    next(it)
-    time.sleep(0.2)  # the thread is far ahead now
-    assert loader.state_dict()["position"] == 3
-
-
-def test_resume_with_another_number_of_ranks_goes_on_with_the_next_window(dataset):
-    expected = flat(take(make(dataset, batch_size=1), 200))
-    two = [make(dataset, rank=r, world_size=2) for r in range(2)]
-    seen = [take(loader, 5) for loader in two]
-    order = [row for s in range(5) for r in range(2) for row in seen[r][s]]
-    four = [make(dataset, batch_size=2, rank=r, world_size=4) for r in range(4)]
-    for loader in four:
-        loader.load_state_dict(two[1].state_dict())
-    seen = [take(loader, 6) for loader in four]
-    order += [row for s in range(6) for r in range(4) for row in seen[r][s]]
-    assert order == expected[: len(order)]
-
-
-def test_load_state_moves_an_iterator_that_is_running(dataset):
-    loader = make(dataset)
-    it = iter(loader)
-    first = next(it)
-    state = loader.state_dict()
-    second = next(it)
-    loader.load_state_dict(state)
-    assert torch.equal(next(it)["input_ids"], second["input_ids"])
-    assert not torch.equal(first["input_ids"], second["input_ids"])
-
-
-@pytest.mark.parametrize("change", [dict(seed=6), dict(seq_len=8), dict(shuffle=False)])
-def test_a_state_of_other_settings_is_refused(dataset, change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        make(dataset, **change).load_state_dict(make(dataset).state_dict())
-
-
-def test_threads_end_with_their_iterator(dataset):
-    def running():
-        return [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-    it = iter(make(dataset))
-    next(it)
-    assert running()
-    it.close()
-    assert not running()
-    for _ in make(dataset):
-        break
-    assert not running()
-
-
-def test_an_error_in_the_thread_reaches_the_reader(dataset, monkeypatch):
-    def broken(self, position):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(PackedLoader, "_batch", broken)
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(iter(make(dataset)))
-
-
-def test_the_interpreter_ends_quietly_with_an_open_iterator(dataset):
-    code = (f"from skylar.data.shards import *\n"
-            f"it = iter(PackedLoader(ShardDataset({str(dataset.folder)!r}), batch_size=2, "
-            f"seq_len=8))\nnext(it)\n")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.mark.parametrize("ids, options, message", [
+    ([], {}, "at least one integer"), ([[1, 2]], {}, "one dimension"), ([1.5], {}, "float64"),
+    ([1, -1], {}, "not negative"), ([1, 2], {"starts": [1]}, "starts must increase from 0"),
+    ([1, 2], {"starts": [0, 0]}, "starts must"), ([1, 2], {"starts": [0, 2]}, "starts must"),
+    ([1, 2], {"starts": [0.0, 1.0]}, "starts must"),
+])
+def test_what_is_no_data_is_refused(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        ShardDataset.from_ids(ids, **options)
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
     pytest.importorskip("resource")  # a limit on file sizes plays the full disk
     code = (f"import sys, resource; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-            f"from test_shards import *\n"
+            f"from byte_corpus import write\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
             f"try:\n    write(['x' * 500] * 400, {str(tmp_path / 'd')!r})\n"
             f"except OSError as error:\n    print(error)\n")
