@@ -95,7 +95,7 @@ def test_killed_while_starting_the_same_folder_can_be_used(config, monkeypatch, 
 
 def test_killed_before_the_first_checkpoint_starts_again_with_resume(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Trainer, "train", lambda self, resume: (_ for _ in ()).throw(Killed()))
+        patch.setattr(runs.Trainer, "train", lambda *args, **kw: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             train(prepare_run(config))
     with pytest.raises(ValueError, match="start it with --resume"):
@@ -170,6 +170,7 @@ CHANGES = {
     "train.grad_accum_steps": {"train": {"grad_accum_steps": 2}},
     "train.dtype": {"train": {"dtype": "bfloat16"}}, "train.seed": {"train": {"seed": 1}},
     "model.dropout": {"model": {"dropout": 0.1}}, "preset": {"preset": "small"},
+    "train.minutes": {"train": {"minutes": 5.0}},
     "loader.batch_size": {"loader": {"batch_size": 4}},
     "schedule.kind": {"schedule": {"kind": "wsd"}}, "family": {"family": "llama3"},
 }
@@ -187,7 +188,7 @@ def test_an_edited_config_is_refused_by_name(finished, name, capsys):
 
 
 def test_what_holds_for_one_session_may_change(finished):
-    changed = replace(finished, minutes=5.0, train=replace(finished.train, device="auto"),
+    changed = replace(finished, train=replace(finished.train, device="auto"),
                       loader=replace(finished.loader, prefetch=0))
     assert train(prepare_run(changed)).finished
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable', 'data_fetch', 'data_tokenize', 'data_verify',
            'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'add_model_flags',
-           'run_config', 'pretrain', 'say_validation', 'generate', 'pick_generator_device', 'read_prompt', 'evaluate',
-           'export', 'demo', 'draw_loss', 'completion', 'completion_parser', 'command_parser', 'short_help', 'overview',
-           'find_command', 'run_command', 'main', 'note']
+           'run_config', 'pretrain', 'generate', 'pick_generator_device', 'read_prompt', 'evaluate', 'export', 'demo',
+           'draw_loss', 'completion', 'completion_parser', 'command_parser', 'short_help', 'overview', 'find_command',
+           'run_command', 'main', 'note']
 
 # %% ../../nbs/cli.ipynb #c047
 import argparse
@@ -229,7 +229,7 @@ def run_config(settings: dict[str, Any], config: list | None = None):
 
 
 def pretrain(
-    config,  # a RunConfig
+    config: Any,  # a RunConfig
 ) -> int:
     """Train a language model from scratch. Ctrl-C saves a checkpoint and stops; the
     same command with --resume goes on exactly where it was.
@@ -245,23 +245,16 @@ def pretrain(
 
     run = prepare_run(config)
     show_summary(run_summary(run))
-    result = train(run, callbacks=(say_validation,))
+    result = train(run)
     again = command_line("skylar", "pretrain", "--config", run.out / "config.yaml", "--resume")
     if result.signal:
         print(f"skylar: stopped and saved; go on with `{again}`", file=sys.stderr)
         return 130
     show_summary(result_summary(result.rows))
-    if not result.finished:
-        print(f"time limit reached after {result.step:,} of {result.steps:,} steps; go on "
-              f"with: {again}")
+    if result.step < run.config.train.steps:
+        print(f"time limit reached after {result.step:,} steps")
     print("now try:", command_line("skylar", "generate", "--model", run.out, "--prompt", "..."))
     return 0
-
-
-def say_validation(row: dict) -> None:
-    "In a terminal a progress bar shows the newest metrics; evaluations stay above it."
-    if "val_loss" in row and sys.stdout.isatty():
-        print(f"step {row['step']:,}: validation loss {row['val_loss']:.4f}")
 
 # %% ../../nbs/cli.ipynb #c059
 def generate(
@@ -449,14 +442,16 @@ def completion_parser(files: dict) -> argparse.ArgumentParser:
     for name in COMMANDS:
         group, _, last = name.rpartition(" ")
         if group not in groups:
-            groups[group] = groups[""].add_parser(group).add_subparsers()
+            groups[group] = groups[""].add_parser(group, help=group).add_subparsers()
         parser = groups[group].add_parser(last, help=short_help(name))
         for action in command_parser(name)._actions:
             if action.nargs == 0 and action.option_strings != ["-h", "--help"]:
                 parser.add_argument(*action.option_strings, action="store_true")
             elif action.nargs != 0 and action.help != argparse.SUPPRESS:
                 flags = action.option_strings or [action.dest]
-                parser.add_argument(*flags, choices=action.choices).complete = files
+                added = parser.add_argument(*flags, choices=action.choices)
+                if action.metavar in ("str", None):
+                    added.complete = files
     return top
 
 # %% ../../nbs/cli.ipynb #c067

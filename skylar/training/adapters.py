@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['config_to_dict', 'config_from_dict', 'family_name', 'flat_config', 'cache_bytes', 'eos_token_ids', 'TrainConfig',
-           'NextTokenObjective', 'Trainer', 'evaluate', 'checkpoint_bytes', 'prepare_data', 'open_data', 'verify_data',
-           'bytes_per_token', 'data_fingerprint']
+           'NextTokenObjective', 'Trainer', 'evaluate', 'checkpoint_bytes', 'is_done', 'prepare_data', 'open_data',
+           'verify_data', 'bytes_per_token', 'data_fingerprint']
 
 # %% ../../nbs/library/adapters.ipynb #11f43962
 import hashlib
@@ -23,10 +23,10 @@ import torch
 from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shards
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
-from ..models.decoder import CausalLM, count_parameters
 from ..models.hub import end_ids
 from ..models.presets import describe, from_args, kv_bytes_per_token
 from . import trainer as _today
+from .checkpoint import load_metadata
 from .loss import next_token_loss
 from .trainer import pick_device
 from ..utils.files import atomic_write, check_empty, read_json
@@ -77,7 +77,7 @@ class TrainConfig:
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # newest checkpoints to keep; 0: all
     max_nonfinite_steps: int = 5  # stop after so many non-finite updates in a row
-    minutes: float | None = None  # stop and save after so many minutes; None: no limit
+    minutes: float | None = None  # end after so much time, if that comes first
     seed: int = 42  # of the first weights and of dropout
 
     def __post_init__(self):
@@ -122,8 +122,12 @@ class Trainer:
             self.late = True
             signal.raise_signal(signal.SIGTERM)
 
-    def train(self, resume: bool = False) -> list[dict]:
+    def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
         return self._trainer.fit(resume)
+
+    @property
+    def done(self) -> float:
+        return 1.0 if self.late else self.step / self._trainer.config.steps
 
     @property
     def step(self) -> int:
@@ -140,9 +144,16 @@ def evaluate(objective, loader, n_batches=None, *, bytes_per_token=None, dtype="
                            bytes_per_token=bytes_per_token, dtype=dtype)
 
 
-def checkpoint_bytes(config) -> int:
+def checkpoint_bytes(model, optimizer=None) -> int:
     "Weights and AdamW's two moments in float32."
-    return 12 * count_parameters(config)
+    return 12 * sum(p.numel() for p in model.parameters())
+
+
+def is_done(checkpoint: Path) -> bool:
+    """After the merge: state = load_state(checkpoint), length = state["extra"]["length"],
+    done by step or by state["extra"]["seconds"]."""
+    steps = load_metadata(checkpoint).get("steps")
+    return steps is not None and int(Path(checkpoint).name.split("-")[1]) >= steps
 
 # %% ../../nbs/library/adapters.ipynb #3b72e88c
 def _split(texts, val_fraction: float, part: str):

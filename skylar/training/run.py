@@ -31,7 +31,7 @@ from ..models.presets import get_config
 from .adapters import (
     NextTokenObjective, TrainConfig, Trainer, bytes_per_token, checkpoint_bytes,
     config_from_dict, config_to_dict, data_fingerprint, eos_token_ids, evaluate,
-    family_name, open_data, pick_device, prepare_data)
+    family_name, is_done, open_data, pick_device, prepare_data)
 from .checkpoint import find_checkpoint, load_metadata, load_weights
 from .checkpoint import seed_everything
 from .optim import AdamWConfig, ScheduleConfig
@@ -71,9 +71,9 @@ class RunConfig:
     out: str | None = None  # folder of this run; left out: the folder of --config
     preset: str = "test"  # size of the model; `skylar presets` lists them
     family: str | None = None  # gpt2, llama3, qwen3, skylar ...; left out: the preset's
-    minutes: float | None = None  # stop and save after so many minutes; null: no limit
+    minutes: float | None = None  # end after so much time, if that comes before train.steps
     resume: bool = False  # go on from the newest checkpoint in --out, or start if none
-    extend_to: int | None = None  # with --resume: new train.steps, more than before
+    extend_to: int | None = None  # with --resume: new train.steps; may raise --minutes, too
     model: dict = field(default_factory=dict)  # what differs from the preset
     corpus: CorpusConfig = CorpusConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -144,9 +144,9 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
             f"{need / 1e6:,.1f} MB; free some space, or choose another --out")
 
 # %% ../../nbs/library/runs.ipynb #c012
-# not part of the experiment: paths, limits of one session, where it computes
+# not part of the experiment: paths (the data have a fingerprint), where it computes
 FREE = ("data", "out", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.minutes", "train.device")
+        "train.device")
 
 
 def stored(config: RunConfig) -> dict:
@@ -170,7 +170,8 @@ def check_same(saved: RunConfig, given: RunConfig, where: Path) -> None:
     for key in dict.fromkeys([*old, *new]):
         free = key in FREE or key.split(".")[0] in FREE
         if not free and old.get(key) != new.get(key):
-            how = "; --extend_to changes the number of steps" if key == "train.steps" else ""
+            longer = key in ("train.steps", "train.minutes")
+            how = "; --extend_to makes a run longer" if longer else ""
             raise ValueError(
                 f"{key} is {old.get(key)} in {where}, but {new.get(key)} now; use the "
                 f"settings of that run, or another --out{how}")
@@ -226,7 +227,8 @@ def _check_resumed(config: RunConfig, out: Path) -> RunConfig:
             raise ValueError(f"extend_to={config.extend_to}, but the run in {out} has "
                              f"{saved.train.steps} steps; a run is not made shorter")
         config = replace(config, train=replace(config.train, steps=config.extend_to))
-        saved = replace(saved, train=replace(saved.train, steps=config.extend_to))
+        saved = replace(saved, train=replace(  # the Trainer checks that time grows
+            saved.train, steps=config.extend_to, minutes=config.train.minutes))
     check_same(saved, config, where)
     return config
 
@@ -266,9 +268,8 @@ def prepare_run(config: RunConfig) -> Run:
     """Check everything, cheapest first. Data that is missing is made, if a corpus is
     named. Raises `ValueError` or `OSError`, before anything is trained or written."""
     if config.minutes is not None:
-        train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes},
-                             "train.")
-        config = replace(config, train=train)
+        train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
+        config = replace(config, train=train, minutes=None)
     check_device(config.train.device, "train.device")
     context = get_config(config.preset, config.family, **config.model).max_seq_len
     check_context(config.loader.seq_len, context)
@@ -281,7 +282,10 @@ def prepare_run(config: RunConfig) -> Run:
     check_vocabulary(model.vocab_size, tokenizer.vocab_size, config.data)
     run = Run(config=config, model=model, tokenizer=tokenizer, datasets=datasets)
     check_same_data(run)
-    check_space(run.out, checkpoint_bytes(model), config.train)
+    with torch.device("meta"):  # shapes only
+        empty = CausalLM(model)
+    need = checkpoint_bytes(empty, config.optimizer.build(empty))
+    check_space(run.out, need, config.train)
     run.loader("train"), run.loader("val")  # refuse data shorter than one sequence
     return run
 
@@ -311,12 +315,8 @@ class RunResult:
 
     rows: list[dict]  # of metrics
     step: int  # updates made
-    steps: int  # updates asked for
+    finished: bool  # all steps were made, or all its minutes used
     signal: int | None  # that ended it: Ctrl-C and the like
-
-    @property
-    def finished(self) -> bool:
-        return self.step >= self.steps
 
 
 def train(
@@ -339,8 +339,8 @@ def train(
         save_tokenizer(run.out, run.tokenizer)
         text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
         atomic_write(run.out / "config.yaml", text)
-        rows = trainer.train(resume=run.config.resume)
-    return RunResult(rows=rows, step=trainer.step, steps=config.steps,
+        rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
+    return RunResult(rows=rows, step=trainer.step, finished=trainer.done >= 1,
                      signal=trainer.interrupted)
 
 
@@ -413,11 +413,8 @@ def result_summary(rows: list[dict]) -> dict[str, str]:
 
 # %% ../../nbs/library/runs.ipynb #c036
 def is_finished(folder: Path | str) -> bool:
-    "True if the run in `folder` has trained all its steps."
-    if not Path(folder, "checkpoints", "latest").exists():
-        return False
-    steps = load_metadata(folder).get("steps")
-    return steps is not None and int(find_checkpoint(folder).name.split("-")[1]) >= steps
+    "True if the run in `folder` has made all its steps, or used all its minutes."
+    return has_checkpoint(Path(folder)) and is_done(find_checkpoint(folder))
 
 
 def load_run(
@@ -504,7 +501,7 @@ def evaluate_run(
         raise ValueError(
             f"{data} was made with another tokenizer than {where}; make it again with "
             "`skylar data tokenize` and the tokenizer of that model")
-    context = min(model.config.max_seq_len, 1024)
+    context = min(model.config.max_seq_len, 1024, datasets["val"].n_tokens)
     shape = {"batch_size": 8, "seq_len": context, **(metadata.get("loader") or {})}
     given = {"batch_size": batch_size, "seq_len": seq_len, "shuffle": False}
     shape |= {key: value for key, value in given.items() if value is not None}
