@@ -357,7 +357,8 @@ def test_flags_are_those_of_the_imported_objects_and_of_fastcore():
 
     from skylar.cli.flags import REQUIRED, read_parameters
 
-    groups = [f.type for f in dataclasses.fields(runs.RunConfig) if dataclasses.is_dataclass(f.type)]
+    kinds = [f.type for f in dataclasses.fields(runs.RunConfig)]
+    groups = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
     assert len(groups) == 5
     for kind in groups:
         ours = read_parameters("skylar.training.run", kind.__name__)
@@ -820,3 +821,18 @@ def test_interrupted_before_training(monkeypatch, capsys):
     monkeypatch.setattr(commands, "preset_row", stop)
     assert main(["presets"]) == 130
     assert capsys.readouterr().err == "skylar: interrupted\n"
+
+
+# --- the package itself ---
+
+
+def test_top_level_names_are_imported_when_they_are_used():
+    code = ("import sys, skylar; assert 'torch' not in sys.modules; "
+            "assert {'generate', 'from_pretrained'} <= set(dir(skylar)); "
+            "from skylar import from_pretrained, generate, load_tokenizer, stream; "
+            "assert generate is sys.modules['skylar.inference.generate'].generate")
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    import skylar
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = skylar.nothing

@@ -16,8 +16,21 @@ from skylar.models.presets import get_config
 from skylar.training import run as runs
 from skylar.training.optim import AdamWConfig
 from skylar.training.run import (
-    LOCK, LoaderConfig, RunConfig, TrainConfig, build_config, check_space, evaluate_run,
-    is_finished, load_run, open_model, prepare_data, prepare_run, save_run, train)
+    LOCK,
+    LoaderConfig,
+    RunConfig,
+    TrainConfig,
+    build_config,
+    check_space,
+    evaluate_run,
+    is_finished,
+    load_run,
+    open_model,
+    prepare_data,
+    prepare_run,
+    save_run,
+    train,
+)
 from skylar.training.trainer import read_metrics
 from skylar.utils.files import directory_lock
 

@@ -347,8 +347,9 @@ def export(
     out: str,  # folder to make, in Hugging Face's format
     push: str | None = None,  # hub id, owner/name, to upload it to as a private model
 ) -> None:
-    """Write a trained model in Hugging Face's format: config.json, safetensors, tokenizer
-    and chat template. transformers opens it without Skylar, unless its family is skylar.
+    """Write a trained model in Hugging Face's format. It becomes config.json, safetensors,
+    tokenizer and chat template; transformers opens them without Skylar, unless the model's
+    family is skylar.
 
     Example:
       skylar export --model runs/first --out exported
@@ -359,7 +360,9 @@ def export(
     lm, tokenizer, _ = open_model(model)
     save_pretrained(lm, out, tokenizer)
     show_summary({p.name: f"{p.stat().st_size:,} bytes" for p in sorted(Path(out).iterdir())})
-    if json.loads(Path(out, "config.json").read_text(encoding="utf-8"))["model_type"] == "skylar":
+    from skylar.utils.files import read_json
+
+    if read_json(Path(out, "config.json"))["model_type"] == "skylar":
         print("no class of transformers has this architecture: to open it there, install "
               "Skylar and `import skylar.models.auto` first")
     if push:
@@ -480,7 +483,7 @@ def command_parser(name: str) -> Parser:
     if function is pretrain:
         add_run_flags(parser)
         return parser
-    add_flags(parser, read_parameters(__name__, function.__name__))
+    add_flags(parser, read_parameters("skylar.cli.commands", function.__name__))
     if function is data_tokenize:
         corpus = read_parameters(RUN_MODULE, "CorpusConfig")
         add_flags(parser, [p for p in corpus if p.name != "source"])

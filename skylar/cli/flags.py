@@ -60,7 +60,8 @@ def docments(source: str, lines: dict[int, str]) -> dict[str, str]:
     return found
 
 # %% ../../nbs/library/flags.ipynb #ed124fad
-PLAIN = {t.__name__: t for t in (int, float, str, bool, list, tuple, dict)} | {"Literal": Literal}
+PLAIN = {t.__name__: t for t in (int, float, str, bool, list, tuple, dict)}
+PLAIN["Literal"] = Literal
 REQUIRED = inspect.Parameter.empty
 
 

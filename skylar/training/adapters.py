@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.shards import PackedLoader, ShardDataset, verify_shards, write_shards
+from ..data.shards import ShardDataset, verify_shards, write_shards
 from ..data.sources import documents
 from ..data.tokenizer import BPETokenizer
 from ..models.hub import end_ids
@@ -28,7 +28,7 @@ from ..models.presets import describe, from_args, kv_bytes_per_token
 from . import trainer as _today
 from .checkpoint import load_metadata
 from .loss import next_token_loss
-from .trainer import pick_device
+from .trainer import pick_device  # noqa: F401
 from ..utils.files import atomic_write, check_empty, read_json
 
 # %% ../../nbs/library/adapters.ipynb #27a132b0

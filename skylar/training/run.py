@@ -186,7 +186,8 @@ def is_half_made(out: Path) -> bool:
     "True if `out` holds only what a start leaves that was killed before it saved."
     own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints"}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    return LOCK in names and all(n in own or n.startswith(".config.yaml.") for n in names)
+    ours = LOCK in names or "config.yaml" in names  # a copy may lack hidden files
+    return ours and all(n in own or n.startswith(".config.yaml.") for n in names)
 
 
 LOCK = ".run.lock"  # held while a run trains
@@ -304,7 +305,8 @@ def check_same_data(run: Run) -> None:
     "Refuse to resume on other data than the run began with."
     if not has_checkpoint(run.out):
         return
-    if load_metadata(run.out).get("data_fingerprint") != data_fingerprint(run.datasets["train"]):
+    before = load_metadata(run.out).get("data_fingerprint")
+    if before != data_fingerprint(run.datasets["train"]):
         raise ValueError(f"{run.config.data} does not hold the data that the run in {run.out} "
                          "began with; give --data that folder, or choose another --out")
 
@@ -390,10 +392,12 @@ def run_summary(run: Run) -> dict[str, str]:
     config, steps = run.config, run.config.train.steps
     tokens, n_tokens = run.tokens_per_step * steps, run.datasets["train"].n_tokens
     flops = flops_per_token(run.model, config.loader.seq_len) * tokens
-    limit = "" if config.train.minutes is None else f", at most {config.train.minutes:g} minutes"
+    minutes = config.train.minutes
+    limit = "" if minutes is None else f", at most {minutes:g} minutes"
     return {
-        "model": f"{config.preset}, {family_name(run.model)}, {count_parameters(run.model):,} parameters, "
-                 f"vocabulary {run.model.vocab_size}, context {run.model.max_seq_len}",
+        "model": f"{config.preset}, {family_name(run.model)}, "
+                 f"{count_parameters(run.model):,} parameters, vocabulary {run.model.vocab_size}, "
+                 f"context {run.model.max_seq_len}",
         "data": f"{n_tokens:,} tokens in {config.data}",
         "step": f"{run.tokens_per_step:,} tokens",
         "run": f"{steps:,} steps = {tokens:,} tokens = {tokens / n_tokens:.1f} epochs{limit}",
@@ -439,7 +443,8 @@ def run_tokenizer(folder: Path, checkpoint: Path, fingerprint: str) -> BPETokeni
     places = [p / "tokenizer" for p in (folder, checkpoint, *checkpoint.absolute().parents[:2])]
     place = next((p for p in places if p.is_dir()), None)
     if place is None:
-        raise FileNotFoundError(f"no tokenizer in {folder}; copy the run's tokenizer folder there")
+        raise FileNotFoundError(
+            f"no tokenizer in {folder}; copy the run's tokenizer folder there")
     tokenizer = BPETokenizer.load(place)
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
