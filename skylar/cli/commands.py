@@ -108,13 +108,13 @@ def data_verify(
     """
     from skylar.training.adapters import verify_data
 
-    if not Path(data).is_dir():
-        raise FileNotFoundError(f"no data folder {data}; make it with `skylar data tokenize`")
+    if not Path(data, "train").is_dir():
+        raise FileNotFoundError(f"no data in {data}; make it with `skylar data tokenize`")
     try:
         for part, totals in verify_data(data).items():
             print(f"{Path(data, part)}: {totals['n_tokens']:,} tokens, "
                   "every byte as it was written")
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"skylar: damaged: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -293,7 +293,7 @@ def generate(
     generator = torch.Generator(pick_generator_device(lm))
     generator.seed() if seed is None else generator.manual_seed(seed)
     pieces = stream(lm, tokenizer, text, max_new_tokens, temperature, top_k, top_p,
-                    repetition_penalty, stop or (), generator, eos_id=eos_ids)
+                    repetition_penalty, stop or (), generator, eos_ids)
     print("" if chat else prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
