@@ -128,6 +128,16 @@ def test_verify_names_the_damaged_shard(home, capsys):
     assert "shard-00000.bin is missing" in capsys.readouterr().err
 
 
+def test_verify_notices_another_tokenizer(home, capsys):
+    shutil.copytree(home / "data", "data")
+    path = Path("data/tokenizer/tokenizer.json")
+    path.write_text(path.read_text().replace('"ignore_merges":false', '"ignore_merges":true')
+                    .replace('"ignore_merges": false', '"ignore_merges": true'))
+    assert path.read_bytes() != (home / "data/tokenizer/tokenizer.json").read_bytes()
+    assert main(["data", "verify", "data"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
+
+
 def test_presets_are_counted(capsys):
     assert main(["presets", "--json"]) == 0
     rows = {row["preset"]: row for row in json.loads(capsys.readouterr().out)}

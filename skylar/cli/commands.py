@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable', 'data_fetch', 'data_tokenize', 'data_verify',
            'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'add_model_flags',
-           'run_config', 'pretrain', 'generate', 'pick_generator_device', 'read_prompt', 'evaluate', 'export', 'demo',
+           'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate', 'export', 'demo',
            'draw_loss', 'completion', 'completion_parser', 'command_parser', 'short_help', 'overview', 'find_command',
            'run_command', 'main', 'note']
 
@@ -290,20 +290,22 @@ def generate(
     weights = None if dtype == "auto" else getattr(torch, dtype)
     lm, tokenizer, eos_ids = open_model(model, device=device, dtype=weights)
     text = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else prompt
-    generator = torch.Generator(pick_generator_device(lm))
-    generator.seed() if seed is None else generator.manual_seed(seed)
     pieces = stream(lm, tokenizer, text, max_new_tokens, temperature, top_k, top_p,
-                    repetition_penalty, stop or (), generator, eos_ids)
+                    repetition_penalty, stop or (), random_generator(lm, seed), eos_ids)
     print("" if chat else prompt, end="", flush=True)
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
 
-def pick_generator_device(model) -> str:
-    "Random numbers are drawn where the logits are."
+def random_generator(model, seed: int | None):
+    "A torch.Generator on the device of the logits; None: another text each time."
+    import torch
+
     head = getattr(model, "lm_head", None)
-    return "cpu" if head is None else head.weight.device.type
+    generator = torch.Generator("cpu" if head is None else head.weight.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
 
 
 def read_prompt() -> str:

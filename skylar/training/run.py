@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'LoaderConfig', 'RunConfig', 'build_config', 'check_device', 'check_context',
-           'check_vocabulary', 'check_space', 'stored', 'flat', 'check_same', 'has_checkpoint', 'is_half_made',
-           'check_out', 'Run', 'prepare_run', 'make_data', 'check_same_data', 'RunResult', 'train', 'save_tokenizer',
-           'run_metadata', 'metadata_of', 'save_run', 'run_summary', 'result_summary', 'is_finished', 'load_run',
-           'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules', 'evaluate_run']
+           'check_vocabulary', 'check_space', 'stored', 'flat', 'check_same', 'has_checkpoint', 'has_metrics',
+           'is_half_made', 'check_out', 'Run', 'prepare_run', 'make_data', 'check_same_data', 'RunResult', 'train',
+           'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary', 'result_summary', 'is_finished',
+           'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules', 'evaluate_run']
 
 # %% ../../nbs/library/runs.ipynb #c002
 import json
@@ -182,6 +182,12 @@ def has_checkpoint(out: Path) -> bool:
     return any((out / "checkpoints").glob("step-*")) or (out / "checkpoints/latest").exists()
 
 
+def has_metrics(out: Path) -> bool:
+    "True if a run in `out` has made some steps, perhaps without saving them."
+    path = out / "metrics.jsonl"
+    return path.exists() and path.stat().st_size > 0
+
+
 def is_half_made(out: Path) -> bool:
     "True if `out` holds only what a start leaves that was killed before it saved."
     own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints"}
@@ -336,7 +342,7 @@ def train(
             replace(config, eval_batches=once), out_dir=run.out, eval_loader=eval_loader,
             bytes_per_token=bytes_per_token(run.datasets["val"]), metadata=metadata_of(run),
             callbacks=callbacks)
-        if not has_checkpoint(run.out):  # left by a start that was killed
+        if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
             shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
         save_tokenizer(run.out, run.tokenizer)
         text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
