@@ -1,8 +1,12 @@
 """The command line from outside: what it writes, prints, and answers to every mistake."""
 
 import errno
+import io
 import json
 import os
+import re
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,8 +17,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from skylar import cli
-from skylar.cli import COMMANDS, main
+from skylar.cli import commands, main
+from skylar.cli.commands import COMMANDS, DEMO, command_parser
+from skylar.cli.flags import UsageError
+from skylar.training import run as runs
 from skylar.training.trainer import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -77,14 +83,14 @@ def pretrain(home, *more) -> list[str]:
 
 def test_data_folder(home):
     parts = {p.name for p in (home / "data").iterdir()}
-    assert parts == {".lock", "corpus.json", "tokenizer", "train", "val"}
+    assert parts - {".lock"} == {"corpus.json", "tokenizer", "train", "val"}
     assert (home / "data" / "val" / "manifest.json").exists()
 
 
 def test_run_folder(home):
     run = home / "run"
     assert {p.name for p in run.iterdir()} == {
-        "metrics.jsonl", "config.yaml", "tokenizer", "checkpoints"}
+        ".run.lock", "metrics.jsonl", "config.yaml", "tokenizer", "checkpoints"}
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-000006"
     metadata = json.loads((run / "checkpoints" / "step-000006" / "metadata.json").read_text())
     assert metadata["model"]["args"]["vocab_size"] == 300  # the tokenizer's, not the preset's
@@ -116,7 +122,20 @@ def test_verify_names_the_damaged_shard(home, capsys):
     capsys.readouterr()
     assert main(["data", "verify", "data"]) == 1
     err = capsys.readouterr().err
-    assert "data/train" in err and "shard-00000.bin" in err and err.count("\n") == 1
+    assert "shard-00000.bin" in err and err.count("\n") == 1
+    shard.unlink()
+    assert main(["data", "verify", "data"]) == 1
+    assert "shard-00000.bin is missing" in capsys.readouterr().err
+
+
+def test_verify_notices_another_tokenizer(home, capsys):
+    shutil.copytree(home / "data", "data")
+    path = Path("data/tokenizer/tokenizer.json")
+    path.write_text(path.read_text().replace('"ignore_merges":false', '"ignore_merges":true')
+                    .replace('"ignore_merges": false', '"ignore_merges": true'))
+    assert path.read_bytes() != (home / "data/tokenizer/tokenizer.json").read_bytes()
+    assert main(["data", "verify", "data"]) == 1
+    assert "tokenizer" in capsys.readouterr().err
 
 
 def test_presets_are_counted(capsys):
@@ -194,10 +213,18 @@ def test_eval_as_json_and_table(home, capsys):
     assert f"{row['val_loss']:.4g}" in capsys.readouterr().out
 
 
-def test_minutes_lowers_the_number_of_steps(home, capsys):
-    assert main(pretrain(home, "--minutes", "0.01", "--train.steps", "1000000",
-                         "--train.save_every", "0")) == 0
-    assert 1 <= read_metrics(Path("new/metrics.jsonl"))[-1]["step"] < 1_000_000
+def test_minutes_limits_the_time_and_the_run_goes_on_from_there(home, capsys):
+    words = ["--train.steps", "100000", "--train.save_every", "0", "--train.eval_every", "0"]
+    start = time.monotonic()
+    assert main(pretrain(home, "--minutes", "0.01", *words)) == 0
+    assert time.monotonic() - start < 30
+    step = read_metrics(Path("new/metrics.jsonl"))[-1]["step"]
+    out = capsys.readouterr().out
+    assert 1 <= step < 100_000 and "time limit reached" in out
+    again = ["pretrain", "--config", "new/config.yaml", "--resume", "--minutes", "0.03"]
+    assert "train.minutes is 0.01" in one_line(capsys, again)
+    assert main([*again, "--extend_to", "200000"]) == 0
+    assert read_metrics(Path("new/metrics.jsonl"))[-1]["step"] > step
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
@@ -207,10 +234,10 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(home, kind):
              "--model.dropout", "0.1"]
     assert main(["pretrain", "--out", "whole", *words]) == 0
     child = subprocess.Popen(
-        [*SKYLAR, "pretrain", "--out", "halves", *words, "--train.log_every", "1"],
+        [*SKYLAR, "pretrain", "--out", "ha'l ves", *words, "--train.log_every", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ,
                                                                       "OMP_NUM_THREADS": "1"})
-    metrics, deadline = Path("halves/metrics.jsonl"), time.time() + 120
+    metrics, deadline = Path("ha'l ves/metrics.jsonl"), time.time() + 120
     while not (metrics.exists() and metrics.read_text()) and time.time() < deadline:
         time.sleep(0.01)
     child.send_signal(kind)
@@ -220,7 +247,8 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(home, kind):
     assert child.returncode == 130, err
     assert "Traceback" not in err and "--resume" in err
     assert 0 < read_metrics(metrics)[-1]["step"] < 60
-    assert main(["pretrain", "--out", "halves", *words, "--resume"]) == 0
+    line = err.split("`")[1]  # as printed
+    assert main(shlex.split(line)[1:]) == 0
     whole, halves = read_metrics(Path("whole/metrics.jsonl")), read_metrics(metrics)
     assert [row["step"] for row in whole] == [row["step"] for row in halves]
     for a, b in zip(whole, halves):
@@ -242,13 +270,21 @@ def test_help_teaches(name, capsys):
 
 def test_every_flag_is_explained():
     for name in COMMANDS:
-        for action in cli.command_parser(name)._actions:
+        for action in command_parser(name)._actions:
             assert action.help, f"{name} {action.dest}"
 
 
-def test_help_does_not_wait_for_torch():
-    code = "import sys, skylar.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+@pytest.mark.parametrize("words", [
+    *([*name.split(), "--help"] for name in COMMANDS), ["--help"],
+    ["pretrain", "--trian.steps", "3"], ["generate", "--modle", "x"]], ids=" ".join)
+def test_help_and_mistyped_flags_answer_within_a_second_of_cpu_time(words):
+    code = ("import sys, skylar.cli as c; c.main(sys.argv[1:]); "
+            "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'tokenizers')))")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, "help imported what only the work needs"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_print_config_round_trip(home, capsys):
@@ -277,8 +313,241 @@ def test_configs_are_complete(path, capsys):
 
 
 def test_demo_and_its_config_are_the_same():
-    wanted = {"data": "demo/data", "out": "demo/run", **cli.DEMO}
+    wanted = {"data": "demo/data", "out": "demo/run", **DEMO}
     assert yaml.safe_load((ROOT / "configs" / "shakespeare.yaml").read_text()) == wanted
+
+
+# --- texts that are typed reach the function unchanged ---
+
+ODD = ["### User", "# x", "#", "null", "None", "yes", "1e3", "7", "a: b", "[x]", "{x", "- x",
+       "---", "-x", "--nothing", "@file", "'", '"', "100%", "è 好", " ", "x=y", "${HOME}", "*"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_text_flag_takes_any_text(name):
+    parser = command_parser(name)
+    flags = [a for a in parser._actions if a.option_strings and a.metavar == "str"]
+    needed = [w for a in parser._actions if a.required and a.option_strings
+              for w in (a.option_strings[0], "given")]
+    needed += ["given" for a in parser._actions if a.required and not a.option_strings]
+    for action in flags:
+        for text in ODD:
+            flag = action.option_strings[0]
+            for words in ([flag, text], [f"{flag}={text}"]):
+                found = parser.parse_words([*needed, *words])
+                for part in action.dest.split("."):
+                    found = found[part]
+                assert found == ([text] if name == "generate" and flag == "--stop" else text)
+
+
+@pytest.mark.parametrize("name", ["data verify", "data fetch", "data tokenize"])
+@pytest.mark.parametrize("typed", [["-x"], ["--", "--x"]])
+def test_positional_words_may_begin_with_a_dash(name, typed):
+    out = ["--out", "y"] if name == "data tokenize" else []
+    found = command_parser(name).parse_words([*out, *typed])
+    assert found["data" if name == "data verify" else "source"] == typed[-1]
+
+
+def test_stop_is_given_as_often_as_needed_and_survives_yaml(home, capsys):
+    words = ["generate", "--model", "m", "--prompt", "# p", "--stop", "### User", "--stop", "7"]
+    assert main([*words, "--print_config"]) == 0
+    Path("x.yaml").write_text(capsys.readouterr().out)
+    found = command_parser("generate").parse_words(["--config", "x.yaml"])
+    assert found["stop"] == ["### User", "7"] and found["prompt"] == "# p"
+
+
+def test_a_flag_is_not_taken_for_the_value_of_the_flag_before_it():
+    with pytest.raises(UsageError, match="expected one argument"):
+        command_parser("pretrain").parse_words(["--data", "--resume"])
+
+
+def test_flags_are_those_of_the_imported_objects_and_of_fastcore():
+    """What is read from the source is what Python and fastcore's docments see."""
+    import dataclasses
+    import inspect
+    import typing
+
+    from fastcore.docments import docments
+
+    from skylar.cli.flags import REQUIRED, read_parameters
+
+    kinds = typing.get_type_hints(runs.RunConfig).values()
+    groups = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    assert len(groups) == 5
+    for kind in groups:
+        ours = read_parameters("skylar.training.run", kind.__name__)
+        types = typing.get_type_hints(kind)
+        assert [(p.name, p.kind, p.default) for p in ours] == [
+            (f.name, types[f.name], f.default) for f in dataclasses.fields(kind)]
+        assert {p.name: p.help for p in ours} == docments(kind, returns=False)
+    for function in COMMANDS.values():
+        ours = {p.name: p for p in read_parameters("skylar.cli.commands", function.__name__)}
+        for name, p in inspect.signature(function).parameters.items():
+            if p.kind is not p.VAR_KEYWORD and function is not commands.pretrain:
+                default = REQUIRED if p.default is p.empty else p.default
+                assert (ours[name].kind, ours[name].default) == (p.annotation, default)
+                assert ours[name].help == docments(function)[name]
+
+
+def test_corpus_flags_are_the_arguments_of_prepare_data():
+    import inspect
+    from dataclasses import fields
+
+    wanted = {n: p.default for n, p in inspect.signature(runs.prepare_data).parameters.items()}
+    given = {f.name: f.default for f in fields(runs.CorpusConfig)}
+    assert {**given, "source": inspect.Parameter.empty} == {
+        n: d for n, d in wanted.items() if n != "out"}
+
+
+def test_loader_flags_are_arguments_of_the_loader():
+    import inspect
+    from dataclasses import fields
+
+    wanted = inspect.signature(runs.PackedLoader.__init__).parameters
+    assert {f.name for f in fields(runs.LoaderConfig)} <= wanted.keys()
+
+
+def test_every_argument_of_every_family_is_a_flag():
+    from skylar.models.presets import FAMILIES
+
+    found = commands.family_parameters()
+    assert len(found) == len(FAMILIES)
+    flags = {a.dest for a in command_parser("pretrain")._actions}
+    wanted = {f"model.{p.name}" for parameters in found.values() for p in parameters}
+    assert {"model.d_model", "model.rope_theta", "model.init_std"} <= wanted <= flags
+
+
+# --- text in and out ---
+
+
+def standard_input(monkeypatch, content: bytes):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("words", [["--prompt", "-"], []])
+def test_prompt_from_standard_input(home, monkeypatch, capsys, words):
+    start = ["generate", "--model", str(home / "run"), "--max_new_tokens", "3", "--seed", "1"]
+    assert main([*start, "--prompt", "the # king: è"]) == 0
+    wanted = capsys.readouterr().out
+    standard_input(monkeypatch, "the # king: è\n".encode())
+    assert main([*start, *words]) == 0
+    assert capsys.readouterr().out == wanted
+
+
+def test_prompt_that_is_not_utf8(home, monkeypatch, capsys):
+    standard_input(monkeypatch, b"caff\xe8")
+    assert "not UTF-8" in one_line(capsys, ["generate", "--model", home / "run"])
+
+
+def test_no_prompt_at_a_terminal(home, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert "--prompt" in one_line(capsys, ["generate", "--model", home / "run"])
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_output_in_any_encoding_goes_on_to_its_end(home, monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    words = ["generate", "--model", str(home / "run"), "--prompt", "è ☕ 好 king"]
+    assert main([*words, "--max_new_tokens", "2", "--temperature", "0"]) == 0
+    sys.stdout.flush()
+    assert b" king" in raw.getvalue()
+    assert main(["presets"]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_device_and_dtype(home, capsys, dtype):
+    words = ["--model", str(home / "run"), "--device", "cpu", "--dtype", dtype]
+    assert main(["generate", "--prompt", "the", "--max_new_tokens", "3", *words]) == 0
+    assert main(["eval", *words]) == 0
+    assert "abacus" in one_line(
+        capsys, ["eval", "--model", home / "run", "--device", "abacus"])
+    assert "int7" in one_line(capsys, ["eval", "--model", home / "run", "--dtype", "int7"])
+
+
+# --- what a command prints or leaves behind works in the next one ---
+
+
+def printed_line(capsys) -> list[str]:
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("now try: "))
+    return [w for w in shlex.split(line.removeprefix("now try: "))][1:]
+
+
+@pytest.mark.parametrize("odd", ["my run's", "perché 好", "-dash", "# [x]: {y}", 'a "b" $HOME'])
+def test_chain_of_all_commands_in_folders_with_odd_names(home, capsys, odd):
+    Path(odd).mkdir()
+    texts, bpe, data, run, exported = (f"{odd}/{x}" for x in ("t", "b", "d", "r", "e"))
+    if odd == "-dash":  # a name of its own begins with a dash, too
+        bpe, data, run, exported = "-b", "-d", "-r", "-e"
+    write_texts(Path(texts))
+    assert main(["tokenizer", "train", texts, "--out", bpe, "--vocab_size", "290"]) == 0
+    assert main(["data", "tokenize", texts, "--out", data, "--tokenizer", bpe]) == 0
+    assert main(["data", "verify", data]) == 0
+    short = ["--train.steps", "2", "--train.save_every", "1"]
+    assert main(["pretrain", "--data", data, "--out", run, *SMALL, *short]) == 0
+    less = ["--max_new_tokens", "2"]
+    assert main([*printed_line(capsys), *less]) == 0
+    assert main(["pretrain", "--config", f"{run}/config.yaml", "--resume"]) == 0
+    assert main(["eval", "--model", run]) == 0
+    assert main(["eval", "--model", f"{run}/checkpoints/step-000001"]) == 0
+    assert main(["export", "--model", run, "--out", exported]) == 0
+    assert main([*printed_line(capsys), *less]) == 0
+    assert main(["eval", "--model", exported, "--data", data]) == 0
+    assert main(["export", "--model", exported, "--out", exported + "2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_export_and_run_evaluate_to_the_same_loss(home, capsys):
+    assert main(["export", "--model", str(home / "run"), "--out", "e"]) == 0
+    capsys.readouterr()
+    rows = []
+    for words in (["--model", str(home / "run")], ["--model", "e", "--data", str(home / "data")]):
+        more = ["--seq_len", "32", "--batch_size", "2", "--json"]
+        assert main(["eval", *words, *more]) == 0
+        rows += json.loads(capsys.readouterr().out)
+    assert rows[0] == rows[1]
+    assert "give a data folder" in one_line(capsys, ["eval", "--model", "e"])
+
+
+def test_export_of_family_skylar_says_that_it_needs_skylar(home, capsys):
+    assert main(pretrain(home, "--family", "skylar", "--train.steps", "1")) == 0
+    assert main(["export", "--model", "new", "--out", "e"]) == 0
+    assert "import skylar.models.auto" in capsys.readouterr().out
+    assert main(["export", "--model", str(home / "run"), "--out", "e2"]) == 0
+    assert "skylar.models.auto" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_the_trainer_alone_says_what_it_lacks(home, capsys):
+    import torch
+
+    from skylar.training.checkpoint import save_checkpoint
+
+    save_checkpoint(Path("python/checkpoints"), 1, torch.nn.Linear(2, 2))
+    assert "save_run" in one_line(capsys, ["eval", "--model", "python"])
+
+
+def test_completion_covers_every_command_and_flag(capsys):
+    pytest.importorskip("shtab", reason="completion scripts are written by shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    offered = set(re.findall(r"(?<=[ (])[^ ()]+(?=[ )])", script))
+    for name in COMMANDS:
+        shown = (a for a in command_parser(name)._actions if a.help != "==SUPPRESS==")
+        wanted = {*name.split(), *(flag for a in shown for flag in a.option_strings)}
+        assert wanted <= offered, name
+    code = script + '\nCOMP_WORDS=(skylar pretrain --train.st); COMP_CWORD=2\n' \
+        '_shtab_skylar; echo "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["--train.steps"], done.stderr
+
+
+def test_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert "pip install" in one_line(capsys, ["completion", "bash"])
 
 
 # --- mistakes ---
@@ -287,8 +556,9 @@ WRONG = {  # name -> (what is typed after a good `pretrain`, what the answer mus
     "unknown key": (["--trian.steps", "3"], "did you mean --train.steps"),
     "unknown nested key": (["--train.stepps", "3"], "did you mean --train.steps"),
     "wrong type": (["--train.steps", "many"], "'many'"),
-    "wrong type in a union": (["--minutes", "soon"], "'soon', expected float"),
-    "wrong choice": (["--schedule.kind", "cosin"], "'cosin'"),
+    "wrong type in a union": (["--minutes", "soon"], "'soon' is not a number"),
+    "half a number": (["--train.steps", "1.5"], "'1.5' is not a whole number"),
+    "wrong choice": (["--schedule.kind", "cosin"], "cosin"),
     "impossible value": (["--train.steps", "0"], "train.steps=0"),
     "impossible lr": (["--optimizer.lr", "-1"], "optimizer.lr=-1.0"),
     "impossible shape": (["--model.n_heads", "3", "--model.d_head", "null"], "n_heads=3"),
@@ -298,7 +568,9 @@ WRONG = {  # name -> (what is typed after a good `pretrain`, what the answer mus
     "unknown preset": (["--preset", "tset"], "did you mean test"),
     "unknown device": (["--train.device", "abacus"], "abacus"),
     "missing data": (["--data", "nowhere"], "nowhere"),
-    "resume nothing": (["--resume"], "no run in new"),
+    "extend nothing": (["--extend_to", "9"], "--resume"),
+    "corpus without source": (["--corpus.vocab_size", "300"], "corpus.source"),
+    "unknown family": (["--family", "qwen"], "qwen3"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "windows longer than the data": (
         ["--model.max_seq_len", "100000", "--loader.seq_len", "90000"], "90000"),
@@ -315,10 +587,12 @@ def test_wrong_settings(home, capsys, name):
 
 BAD_YAML = {
     "not YAML": ("a: [1", "line"),
-    "unknown key": ("modle:\n  dropout: 0.1\n", "did you mean --model.dropout"),
-    "a list": ("- 1\n", "name: value"),
-    "wrong type": ("train:\n  steps: soon\n", "soon"),
-    "empty": ("", "name: value"),
+    "unknown key": ("modle:\n  dropout: 0.1\n", "'modle.dropout' is not accepted"),
+    "a list": ("- 1\n", "Unexpected config"),
+    "wrong type": ("train:\n  steps: soon\n", "'soon' is not a whole number"),
+    "a number for a text": ("preset: 2024\n", "2024 is not text"),
+    "a number for a group": ("train: 5\n", "train=5"),
+    "empty": ("", "Unexpected config"),
 }
 
 
@@ -338,6 +612,9 @@ def test_bad_yaml(home, capsys, name):
     (["data", "fetch", "shakespear"], "shakespeare"),
     (["data", "tokenize", "nowhere", "--out", "x"], "nowhere"),
     (["data", "tokenize", "nowhere"], "out"),
+    (["data", "fetch"], "source"),
+    (["pretrain", "--data", "nowhere"], "--out"),
+    (["completion", "fish"], "fish"),
     (["data", "verify", "nowhere"], "nowhere"),
     (["tokenizer", "train", "nowhere", "--out", "x"], "nowhere"),
     (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere"),
@@ -351,7 +628,7 @@ def test_wrong_commands(capsys, words, answer):
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["--val_fraction", "1.0"], "val_fraction=1.0"),
+    (["--val_fraction", "1.5"], "val_fraction=1.5"),
     (["--shard_mb", "0"], "shard_mb=0"),
     (["--vocab_size", "12"], "12"),
     (["--tokenizer", "nowhere"], "nowhere"),
@@ -492,7 +769,7 @@ def test_a_disk_that_fills_up_while_training(home, tiny_disk, monkeypatch, capsy
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # the check cannot know
     words = pretrain(home, "--out", str(tiny_disk / "run"), "--train.steps", "40",
-                     "--train.save_every", "2", "--train.keep", "0")
+                     "--train.save_every", "2", "--train.keep_last", "0")
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "No space left" in err, err
@@ -540,7 +817,7 @@ def test_debug_shows_the_traceback():
 def test_a_bug_keeps_its_traceback(monkeypatch):
     import torch
 
-    monkeypatch.setitem(COMMANDS, "presets", lambda: torch.optim.AdamW([]))
+    monkeypatch.setattr(commands, "preset_row", lambda name: torch.optim.AdamW([]))
     with pytest.raises(ValueError, match="empty parameter list"):
         main(["presets"])
 
@@ -552,9 +829,24 @@ def test_a_reader_that_goes_away():
 
 
 def test_interrupted_before_training(monkeypatch, capsys):
-    def stop():
+    def stop(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "presets", stop)
+    monkeypatch.setattr(commands, "preset_row", stop)
     assert main(["presets"]) == 130
     assert capsys.readouterr().err == "skylar: interrupted\n"
+
+
+# --- the package itself ---
+
+
+def test_top_level_names_are_imported_when_they_are_used():
+    code = ("import sys, skylar; assert 'torch' not in sys.modules; "
+            "assert {'generate', 'from_pretrained'} <= set(dir(skylar)); "
+            "from skylar import from_pretrained, generate, load_tokenizer, stream; "
+            "assert generate is sys.modules['skylar.inference.generate'].generate")
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    import skylar
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = skylar.nothing

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from skylar.cli import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT / "tools"))
@@ -67,3 +69,15 @@ def test_python_block_runs_as_typed(workspace, monkeypatch):
     code = blocks("python", "Trainer(").replace("steps=500", "steps=2")
     exec(compile(code, "README.md", "exec"), {})
     assert (folder / "runs/python/metrics.jsonl").exists()
+    model = ["--model", "runs/python"]  # what it leaves opens in every command
+    assert main(["generate", *model, "--prompt", "JULIET:", "--max_new_tokens", "2"]) == 0
+    assert main(["eval", *model, "--batches", "1"]) == 0
+    assert main(["export", *model, "--out", "runs/python-exported"]) == 0
+
+
+def test_second_python_block_runs_as_typed(workspace, monkeypatch, capsys):
+    folder, _ = workspace
+    monkeypatch.chdir(folder)
+    code = blocks("python", "skylar.stream").replace("max_new_tokens=60", "max_new_tokens=2")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("JULIET:")

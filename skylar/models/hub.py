@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..data.chat import PretrainedTokenizer, with_chat
-from ..data.sources import MODELS, fetch_model
+from ..data.model_files import MODELS, fetch_model
 from ..data.tokenizer import BPETokenizer
 from .decoder import CausalLM
 from .presets import config_from_hf, config_to_dict, config_to_hf, needs_skylar
@@ -309,7 +309,7 @@ _MODEL_FILES = ["*.json", "model*.safetensors", "*.jinja"]
 
 
 def bundled_model(name: str) -> Path:
-    "A model of `skylar.data.sources.MODELS`, as a folder beside its file in the cache."
+    "A model of `skylar.data.model_files.MODELS`, as a folder beside its file in the cache."
     file = fetch_model(name)
     folder = file.with_suffix("")
     if not folder.exists():
