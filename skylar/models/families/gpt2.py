@@ -93,7 +93,7 @@ def _weight_map(config) -> list[TensorMapping]:
 class GPT2Config:
     """GPT-2 (Radford et al. 2019); the defaults are the 124M model.
 
-    Raises `ValueError` naming what does not fit. With `bias=False`, or a `d_head` other
+    Raises `ValueError` naming what does not fit. Without biases, or with another `d_head`
     than `d_model / n_heads`, no class of transformers is its equal.
     """
 
@@ -139,10 +139,10 @@ class GPT2Config:
     def to_hf(self) -> dict | None:
         if not self.bias or head_width(self) * self.n_heads != self.d_model:
             return None
-        hf: dict[str, Any] = {key: getattr(self, ours) for ours, key in _KEYS.items()}
-        rates = {"embd_pdrop": _rate(self, self.embedding_dropout),
-                 "attn_pdrop": _rate(self, self.attention_dropout)}
-        return hf | rates | {"activation_function": "gelu_new"}
+        return {key: getattr(self, ours) for ours, key in _KEYS.items()} | {
+            "embd_pdrop": _rate(self, self.embedding_dropout),
+            "attn_pdrop": _rate(self, self.attention_dropout),
+            "activation_function": "gelu_new"}
 
     @classmethod
     def from_hf(cls, hf: dict) -> "GPT2Config":
