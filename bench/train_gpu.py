@@ -18,7 +18,7 @@ from train_step import batch_of, documents_of
 
 from skylar.models.decoder import CausalLM, flops_per_token
 from skylar.models.presets import get_config
-from skylar.training.loss import next_token_loss
+from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig
 
 TOKENS = 16 * 2048  # in a step, whatever the length of its windows
@@ -55,7 +55,7 @@ def training(preset: str, length: int, packed: bool, device: str, tokens: int):
     torch.manual_seed(0)
     model = CausalLM(get_config(preset, max_seq_len=length)).to(device).train()
     optimizer = AdamWConfig().build(model)
-    objective = torch.compile(next_token_loss)
+    objective = torch.compile(NextTokenObjective(model))
     size = max(1, tokens // length)
     ids = torch.randint(model.config.vocab_size, (size, length), device=device)
     documents = documents_of(size, length).to(device) if packed else None
@@ -63,7 +63,7 @@ def training(preset: str, length: int, packed: bool, device: str, tokens: int):
 
     def step():
         with torch.autocast(device, torch.bfloat16):
-            loss_sum, n_valid, _ = objective(model, batch)
+            loss_sum, n_valid, _ = objective(batch)
         (loss_sum / n_valid).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
