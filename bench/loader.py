@@ -18,7 +18,7 @@ from skylar.data.sources import documents
 from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
-from skylar.training.loss import next_token_loss
+from skylar.training.loss import NextTokenObjective
 
 TOKENS = 2048  # per batch
 
@@ -39,11 +39,12 @@ def training_step(vocab_size: int):
     """One bf16 optimiser step of the `test` preset, as a function of a batch."""
     torch.manual_seed(0)
     model = CausalLM(get_config("test", vocab_size=vocab_size))
+    objective = NextTokenObjective(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step(batch) -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss, n_valid, _ = next_token_loss(model, batch)
+            loss, n_valid, _ = objective(batch)
         (loss / n_valid).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -6,16 +6,18 @@ chapter 00 has. Both see the same text, are judged on the same windows, and take
 
 import argparse
 import statistics
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from common import record
+from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from skylar.data.sources import documents
 from skylar.models.decoder import CausalLM, count_parameters, gpt2
+from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
@@ -69,15 +71,18 @@ def judge(ids: torch.Tensor) -> list[dict]:
     return [{"input_ids": w[:, :-1], "labels": w[:, 1:]} for w in window.split(125)]
 
 
-def objective(model, batch):
-    logits = model(batch["input_ids"])
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(),
-                           reduction="sum")
-    return loss, batch["labels"].numel(), {}
+class PlainObjective(nn.Module):
+    """Cross-entropy of each next character, the same for both recipes."""
 
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-class Reached(Exception):
-    """The target was met."""
+    def forward(self, batch) -> LossOutput:
+        logits = self.model(batch["input_ids"])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(),
+                               reduction="sum")
+        return LossOutput(loss, batch["labels"].numel(), {})
 
 
 def run(recipe: dict, data, seed: int, target: float | None = None, every: int = 50) -> dict:
@@ -93,19 +98,18 @@ def run(recipe: dict, data, seed: int, target: float | None = None, every: int =
         nonlocal seconds
         seconds += (row["tokens"] - (curve[-1]["tokens"] if curve else 0)) / row["tokens_per_s"]
         curve.append({k: row[k] for k in ("step", "tokens", "val_loss")} | {"seconds": seconds})
-        if target is not None and row["val_loss"] <= target:
-            raise Reached
+        return target is not None and row["val_loss"] <= target  # True stops the run
 
     trainer = Trainer(
-        model, Windows(train, recipe["batch"], recipe["block"], seed), objective,
+        PlainObjective(model), Windows(train, recipe["batch"], recipe["block"], seed),
         TrainConfig(steps=recipe["steps"], dtype=recipe["dtype"], log_every=every,
                     eval_every=every, eval_batches=EVAL_WINDOWS, seed=seed),
         optimizer=AdamWConfig(lr=recipe["lr"], betas=recipe["betas"],
                               weight_decay=recipe["weight_decay"]),
         schedule=recipe["schedule"], eval_loader=judge(held_out), callbacks=[watch], quiet=True)
     backend = recipe["attention"]
-    with sdpa_kernel(backend) if backend else nullcontext(), suppress(Reached):
-        trainer.fit()
+    with sdpa_kernel(backend) if backend else nullcontext():
+        trainer.train()
     return {"seconds": seconds, "val_loss": curve[-1]["val_loss"], "steps": curve[-1]["step"],
             "tokens": curve[-1]["tokens"], "parameters": count_parameters(config)}
 

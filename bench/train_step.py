@@ -1,15 +1,18 @@
 """Tokens per second of one training step: Skylar against Hugging Face on the same model.
 
-Same shape, same weights at the start, same batch, same bf16 autocast, same fused AdamW, both
-in this process and in turns. Each side uses its own loss: ours the fused one, theirs `labels=`.
+Same shape, same weights at the start, same batch, same bf16 autocast, same fused AdamW, gradients
+clipped to norm 1, both in this process and in turns. Each side uses its own loss and loop: ours
+`TrainStep` with the fused loss, theirs `labels=` and `clip_grad_norm_`.
 The `packed` rows compare ours with ours: windows of several documents, which do not see one
 another, against windows of one.
 
     python bench/train_step.py --family qwen3             # every shape, eager and compiled
     python bench/train_step.py --family gpt2 --shapes test --modes eager --rounds 5
+    python bench/train_step.py --grid                     # vocabularies, widths, lengths
 """
 
 import argparse
+import itertools
 import statistics
 import time
 
@@ -19,8 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausa
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import from_args, resolve
-from skylar.training.loss import next_token_loss
-from skylar.training.optim import AdamWConfig
+from skylar.training.loss import NextTokenObjective
+from skylar.training.optim import AdamWConfig, ScheduleConfig
+from skylar.training.trainer import TrainConfig, TrainStep
 
 SHAPES = {  # family -> name -> overrides of the `test` preset, batch size, sequence length
     "gpt2": {
@@ -33,6 +37,12 @@ SHAPES = {  # family -> name -> overrides of the `test` preset, batch size, sequ
             dict(d_model=384, n_heads=6, n_kv_heads=3, d_head=64, n_layers=6, d_ff=1024), 4, 512
         ),
     },
+}
+GRID = {  # qwen3 of 6 layers: vocabulary, width, sequence length -> shape and batch
+    f"{v // 1024}k {d} {t}": (
+        dict(vocab_size=v, d_model=d, n_heads=d // 64, n_kv_heads=d // 128 or 1, d_head=64,
+             n_layers=6, d_ff=3 * d, max_seq_len=1024), 1024 // t, t)
+    for v, d, t in itertools.product((8192, 40_960), (128, 256, 512), (256, 1024))
 }
 TARGETS = {  # tokens/s, ours over theirs; for packed: ours over our own unpacked
     "gpt2": {"eager": 1.2, "compiled": 1.1},
@@ -111,18 +121,15 @@ def batch_of(ids, documents=None) -> dict:
 
 
 def our_step(model, batch: dict, compiled: bool):
-    """A function that trains `model` one step and returns the mean loss."""
-    optimizer = AdamWConfig().build(model)
-    objective = torch.compile(next_token_loss) if compiled else next_token_loss
+    """A function that trains `model` one step, as the Trainer does; returns the mean loss."""
+    config = TrainConfig(dtype="bfloat16", device="cpu", compile=compiled)
+    constant = ScheduleConfig(kind="constant", warmup_steps=0)
+    train_step = TrainStep(NextTokenObjective(model), config, AdamWConfig(), constant)
+    batches = itertools.repeat(batch)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16):
-            loss_sum, n_valid, _ = objective(model, batch)
-        loss = loss_sum / n_valid
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        loss_sum, n_valid = train_step(batches, 0).loss
+        return float(loss_sum / n_valid)
 
     return step
 
@@ -136,6 +143,7 @@ def their_step(model, ids, compiled: bool):
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
@@ -162,7 +170,7 @@ def in_turns(one, other, rounds: int, steps: int, tokens: int) -> tuple[int, int
 
 def compare(family: str, shape: str, mode: str, rounds: int, steps: int) -> dict:
     """One row against Hugging Face."""
-    overrides, size, length = SHAPES[family][shape]
+    overrides, size, length = (SHAPES[family] | GRID)[shape]
     torch.manual_seed(0)
     torch.compiler.reset()
     args = resolve("test", family=family, **overrides)
@@ -218,10 +226,13 @@ def main():
     parser.add_argument("--family", choices=SHAPES, default="qwen3")
     parser.add_argument("--shapes", nargs="+", help="default: all of the family")
     parser.add_argument("--modes", nargs="+", help="default: all of the family")
+    parser.add_argument("--grid", action="store_true", help="the grid of qwen3, eager")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=2, help="steps a side takes in each round")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
+    if args.grid:
+        args.family, args.shapes, args.modes = "qwen3", list(GRID), ["eager"]
     rows = [
         packed(args.family, shape, args.rounds, args.steps) if mode == "packed"
         else compare(args.family, shape, mode, args.rounds, args.steps)
@@ -231,8 +242,10 @@ def main():
     if args.dry:
         print(*rows, sep="\n")
         return
+    ratios = [row["ratio"] for row in rows]
     record(
-        f"train_step_{args.family}", rows, dtype="bfloat16 autocast, fp32 weights",
+        f"train_step_{'grid' if args.grid else args.family}", rows,
+        worst_ratio=min(ratios), median_ratio=statistics.median(ratios), dtype="bfloat16 autocast, fp32 weights",
         optimizer="fused AdamW on both sides", rounds=args.rounds, steps_per_round=args.steps,
         threads=torch.get_num_threads(), cuda="not run: no GPU on the measuring machine",
     )

@@ -496,3 +496,25 @@ def test_ignored_signals_stay_ignored():
         assert stop.received is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, old)
+
+
+class Ordered:
+    """One pass over nine rows in order, again and again; the last batch may be smaller."""
+
+    def __init__(self, size):
+        self.size, self.data = size, batch(rows=9, seed=3, masked=0.4)
+
+    def __len__(self):
+        return -(-9 // self.size)
+
+    def __iter__(self):
+        while True:
+            for i in range(0, 9, self.size):
+                yield {k: v[i:i + self.size] for k, v in self.data.items()}
+
+
+@pytest.mark.parametrize("n_batches", [None, 1000])
+def test_no_target_counts_twice_whatever_the_batch_size(n_batches):
+    losses = [evaluate(NextToken(Bigram()), Ordered(size), n_batches, dtype="float32")["val_loss"]
+              for size in (1, 2, 3, 5, 7, 9, 16)]
+    assert losses == pytest.approx([losses[0]] * 7, rel=1e-6)
