@@ -252,7 +252,8 @@ def test_every_way_to_name_a_run(finished):
 
 
 def test_what_the_python_api_leaves(home, config):
-    from skylar.training.adapters import NextTokenObjective, Trainer
+    from skylar.training.loss import NextTokenObjective
+    from skylar.training.trainer import Trainer
 
     tokenizer, datasets = runs.open_data(home / "data")
     model = CausalLM(get_config("test", vocab_size=tokenizer.vocab_size, **config.model))
