@@ -245,7 +245,8 @@ def main():
     ratios = [row["ratio"] for row in rows]
     record(
         f"train_step_{'grid' if args.grid else args.family}", rows,
-        worst_ratio=min(ratios), median_ratio=statistics.median(ratios), dtype="bfloat16 autocast, fp32 weights",
+        worst_ratio=min(ratios), median_ratio=statistics.median(ratios),
+        dtype="bfloat16 autocast, fp32 weights",
         optimizer="fused AdamW on both sides", rounds=args.rounds, steps_per_round=args.steps,
         threads=torch.get_num_threads(), cuda="not run: no GPU on the measuring machine",
     )
