@@ -21,7 +21,7 @@ from skylar.cli import commands, main
 from skylar.cli.commands import COMMANDS, DEMO, command_parser
 from skylar.cli.flags import UsageError
 from skylar.training import run as runs
-from skylar.training.trainer import read_metrics
+from skylar.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SKYLAR = [sys.executable, "-m", "skylar"]

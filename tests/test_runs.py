@@ -31,7 +31,7 @@ from skylar.training.run import (
     save_run,
     train,
 )
-from skylar.training.trainer import read_metrics
+from skylar.training.metrics import read_metrics
 from skylar.utils.files import directory_lock
 
 

@@ -161,9 +161,8 @@ def presets(
 
 def preset_row(name: str) -> dict:
     "What a preset is and what it costs."
-    from skylar.models.decoder import count_parameters
-    from skylar.models.presets import get_config, weight_bytes
-    from skylar.models.decoder import cache_bytes
+    from skylar.models.decoder import cache_bytes, count_parameters, weight_bytes
+    from skylar.models.presets import get_config
 
     config = get_config(name)
     sizes = vars(config)
