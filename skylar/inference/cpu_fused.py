@@ -96,8 +96,10 @@ def fused_rms_norm(
 def _fused_norm(norm: nn.Module, fold: bool) -> tuple[Callable, Tensor | None]:
     if isinstance(norm, RMSNorm):
         return fused_rms_norm(norm.eps, norm.weight, fold)
-    weight, bias = (None if x is None else x.detach().float() for x in (norm.weight, norm.bias))
-    return lambda x: torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps), None
+    shape, eps = norm.normalized_shape, norm.eps
+    weight, bias = (
+        None if x is None else x.detach().float() for x in (norm.weight, norm.bias))
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps), None
 
 # %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c025
 def to_pairs(
@@ -210,7 +212,8 @@ class FusedDecoder:
     ):
         decoder = model.model
         fold = model.lm_head.weight.dtype == torch.float32  # bf16 would round once more
-        self.embedding, self.positions = decoder.embed_tokens.weight, decoder.embed_positions
+        self.embedding = decoder.embed_tokens.weight
+        self.positions = decoder.embed_positions
         self.blocks = [FusedBlock(block, rows, fold) for block in decoder.layers]
         self.norm, gain = _fused_norm(decoder.norm, fold)
         self.head = _fuse([model.lm_head], rows, gain)
@@ -498,7 +501,7 @@ _LOCK = threading.Lock()
 
 
 def _state(model: nn.Module) -> tuple[tuple, Tensor]:
-    "Changes whenever weights do: where they are, how often written, and a few of the values."
+    "Changes when weights do: where they are, how often written, a few of the values."
     tensors = [t.detach() for t in (*model.parameters(), *model.buffers())]
     where = tuple((t.data_ptr(), t.is_inference() or t._version, t.dtype, t.shape)
                   for t in tensors)

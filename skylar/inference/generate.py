@@ -65,7 +65,7 @@ class Session:
         if self.cache is not None:
             self.cache.reset()
 
-
+# %% ../../nbs/01_gqa_rope/07_decoding.ipynb #368fa15a
 def open_session(
     model: CausalLM,
     batch_size: int,  # B
@@ -103,8 +103,8 @@ CONTEXTS = ("slide", "stop")  # what to do when the context is full
 
 def _warn_full(longest: int) -> None:
     warnings.warn(
-        f"the text is longer than the model's context of {longest} tokens: from here on its "
-        'beginning is forgotten (context="stop" ends the text instead)', stacklevel=3)
+        f"the text is longer than the model's context of {longest} tokens: from here on "
+        'its beginning is forgotten (context="stop" ends the text instead)', stacklevel=3)
 
 
 def sample_tokens(
@@ -160,7 +160,8 @@ def _check_prompt(
         raise ValueError(f"empty prompt: input_ids is {shape}, give (B, T >= 1)")
     T, longest = input_ids.shape[1], model.model.config.max_seq_len
     if context == "stop" and T > longest:
-        raise ValueError(f"the prompt of {T} tokens is longer than the context of {longest}")
+        raise ValueError(
+            f"the prompt of {T} tokens is longer than the context of {longest}")
 
 
 def _check_mask(mask: Tensor, input_ids: Tensor) -> None:
@@ -179,13 +180,15 @@ def _check_mask(mask: Tensor, input_ids: Tensor) -> None:
 def _eos_ids(eos_token_id: int | Sequence[int] | None) -> list[int]:
     if eos_token_id is None:
         return []
-    return [eos_token_id] if isinstance(eos_token_id, int) else [int(i) for i in eos_token_id]
+    if isinstance(eos_token_id, int):
+        return [eos_token_id]
+    return [int(i) for i in eos_token_id]
 
 # %% ../../nbs/01_gqa_rope/07_decoding.ipynb #c027
 def _extend(
     input_ids: Tensor, n: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:  # (B, T + n) each
-    "Room for n more tokens. Padding becomes a token of its own text, for the penalty's sake."
+    "Memory for n more tokens; padding becomes a token of its own text, for the penalty."
     more = input_ids.new_zeros(len(input_ids), n)
     if mask is None or mask.all():
         return torch.cat([input_ids, more], dim=1), None
