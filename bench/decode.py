@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from skylar.data.sources import MODELS, documents, fetch_model
 from skylar.inference.cpu_fused import (
+    PREPACK_MIN_MULTIPLIES,
     cached_fused,
     can_prepack,
     fused_nbytes,
@@ -260,7 +261,8 @@ def summary(rows: list[dict]) -> list[list[str]]:
 
 # --- orders of weights in memory ---
 
-SHAPES = ((512, 256), (1536, 256), (256, 768), (3072, 576), (576, 1536), (8192, 256),
+SHAPES = ((128, 128), (256, 128), (128, 384), (256, 256), (512, 256), (1536, 256), (256, 768),
+          (3072, 576), (576, 1536), (8192, 256),
           (40960, 128))
 HEADS = ((4, 2, 64), (9, 3, 64), (8, 8, 64))  # H, K, Dh
 
@@ -278,13 +280,14 @@ def kernels(rounds: int) -> list[dict]:
 
 def product(dtype: torch.dtype, n: int, shape: tuple[int, int], rounds: int) -> dict:
     """One product of n rows by matrices that are cold in the processor's cache."""
-    copies = max(2, int(6e7 // (shape[0] * shape[1] * dtype.itemsize)))
+    copies = min(200, max(2, int(6e7 // (shape[0] * shape[1] * dtype.itemsize))))
     weights, x = [torch.randn(shape).to(dtype) for _ in range(copies)], torch.randn(n, shape[1])
     ways = {"plain": [partial(F.linear, x.to(dtype), w) for w in weights],
             "prepacked": [partial(prepacked_linear(w, None, n), x) for w in weights]}
     if dtype == torch.float32:
         ways["transposed"] = [partial(transposed_linear(w, None), x) for w in weights]
-    chosen = "transposed" if dtype == torch.float32 and n == 1 else "prepacked"
+    small = n == 1 or n * shape[0] * shape[1] <= PREPACK_MIN_MULTIPLIES
+    chosen = "transposed" if dtype == torch.float32 and small else "prepacked"
     return {"what": "product", "dtype": str(dtype)[6:], "rows": n, "shape": list(shape),
             **contest(ways, chosen, rounds)}
 

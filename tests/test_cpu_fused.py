@@ -2,9 +2,12 @@
 
 import copy
 import gc
+import json
 import random
+import statistics
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.testing import assert_close
 from skylar.inference import cpu_fused
 from skylar.inference.cpu_fused import (
     FUSE_MIN_TOKENS,
+    PREPACK_MIN_MULTIPLIES,
     apply_rope_fused,
     cached_fused,
     can_fuse,
@@ -140,6 +144,32 @@ def test_fused_linear_is_the_layers_side_by_side(shape, made_for, bias, dtype):
         assert not found.requires_grad
         tolerance = 1e-5 if dtype == torch.float32 else 0.03
         assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_which_order_is_chosen(monkeypatch):
+    """As `bench/results/decode_kernels.json` says; no weight is made for it."""
+    monkeypatch.setattr(cpu_fused, "prepacked_linear", lambda *_: "prepacked")
+    monkeypatch.setattr(cpu_fused, "transposed_linear", lambda *_: "transposed")
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def chosen(dtype, shape, rows):
+        return fused_linear([torch.empty(shape, dtype=dtype)], [None], rows)
+
+    large = (PREPACK_MIN_MULTIPLIES // 256, 512)
+    assert [chosen(fp32, large, rows) for rows in (1, 2, 8)] == ["transposed"] + ["prepacked"] * 2
+    assert [chosen(fp32, (64, 64), rows) for rows in (1, 8)] == ["transposed"] * 2
+    assert [chosen(bf16, (64, 64), rows) for rows in (1, 8)] == ["prepacked"] * 2
+    monkeypatch.setattr(cpu_fused, "can_prepack", lambda dtype: False)
+    assert chosen(fp32, large, 8) == "transposed"
+
+
+def test_the_stored_measurement_supports_the_choice():
+    stored = Path(__file__).parents[1] / "bench/results/decode_kernels.json"
+    ratios = {}
+    for row in json.loads(stored.read_text())["rows"]:
+        key = row["what"], row["dtype"], row["rows"]
+        ratios.setdefault(key, []).append(row["rival_us"] / row["chosen_us"])
+    assert {key: r for key, r in ratios.items() if statistics.median(r) < 0.95} == {}
 
 
 def test_fused_linear_with_the_gain_of_a_norm():
