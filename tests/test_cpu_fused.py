@@ -31,9 +31,10 @@ from skylar.inference.cpu_fused import (
     why_not_fused,
 )
 from skylar.inference.generate import generate, next_logits, stream
-from skylar.layers.block import BlockConfig, MLPConfig
+from skylar.layers.block import BlockConfig
 from skylar.layers.cache import KVCache
 from skylar.layers.gqa import GQAConfig
+from skylar.layers.mlp import MLPConfig
 from skylar.layers.norm import RMSNorm, RMSNormConfig
 from skylar.layers.rope import RoPEConfig, apply_rope
 from skylar.models.decoder import CausalLM, DecoderConfig

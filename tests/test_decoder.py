@@ -22,10 +22,15 @@ from skylar.models.decoder import (
     DecoderConfig,
     count_parameters,
     flops_per_token,
-    gpt2,
     matmul_parameters,
     restarting_positions,
 )
+from skylar.models.families.gpt2 import GPT2Config
+
+
+def gpt2(**sizes) -> DecoderConfig:
+    return GPT2Config(**sizes).decoder()
+
 
 SMALL = dict(vocab_size=61, d_model=24, n_heads=3, n_layers=2, max_seq_len=32)
 

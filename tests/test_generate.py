@@ -10,8 +10,10 @@ import skylar.inference.generate as decoding
 from skylar.data.chat import with_chat
 from skylar.data.tokenizer import BPETokenizer
 from skylar.inference.generate import generate, sample_tokens, stream
-from skylar.models.decoder import CausalLM, gpt2
-from skylar.models.presets import get_config, qwen3
+from skylar.models.decoder import CausalLM
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.qwen3 import Qwen3Config
+from skylar.models.presets import get_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,7 +23,7 @@ V = 50
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24))
+    model = CausalLM(GPT2Config(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24))
     with torch.no_grad():  # far from uniform, as a trained model is
         for p in model.parameters():
             if p.ndim >= 2:
@@ -112,7 +114,7 @@ def test_a_prompt_that_is_too_long_keeps_its_newest_tokens(model):
 
 def test_mode_is_put_back_and_dropout_is_off():
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24,
+    model = CausalLM(GPT2Config(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24,
                           dropout=0.5)).train()
     ids = torch.tensor([[1, 2, 3]])
     one, two = (generate(model, ids, 9, temperature=0) for _ in range(2))
@@ -148,7 +150,7 @@ def either(request, model):
     if request.param == "gpt2":
         return model
     torch.manual_seed(0)
-    other = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+    other = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
                            n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3))
     return other
 
@@ -206,7 +208,7 @@ def test_cache_changes_no_sampled_text(either):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_bf16_picks_are_within_rounding_of_the_uncached_best(batch, fuse):
     torch.manual_seed(0)
-    model = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+    model = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
                            n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3)).bfloat16()
     ids = prompts(batch, 5)
     out = generate(model, ids, 18, temperature=0, fuse=fuse)
@@ -222,7 +224,7 @@ def test_bf16_picks_are_within_rounding_of_the_uncached_best(batch, fuse):
 def test_no_processor_flag_is_touched(monkeypatch, fuse, dtype, batch):
     """Flags of oneDNN hold for the whole process: another thread would compute differently."""
     monkeypatch.setattr(torch.backends.mkldnn, "set_flags", lambda *_: pytest.fail("set"))
-    model = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+    model = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
                            n_layers=2, d_ff=48, max_seq_len=24)).to(dtype)
     generate(model, prompts(batch, 5), 6, fuse=fuse)
 
@@ -257,7 +259,7 @@ def either_kind(model):
         sizes = dict(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16, n_layers=2,
                      d_ff=48, max_seq_len=24, init_std=0.3)
         if name == "qwen3":
-            return CausalLM(qwen3(**sizes))
+            return CausalLM(Qwen3Config(**sizes))
         sinks = 2 if "sinks" in name else 0
         return CausalLM(get_config("test", "skylar", **sizes, window=4, sinks=sinks))
 
@@ -373,7 +375,7 @@ def test_beyond_the_context_without_a_cache_the_window_slides(either):
 
 @pytest.mark.filterwarnings("ignore:the text is longer")
 def test_a_context_of_one_token():
-    one = CausalLM(gpt2(vocab_size=V, d_model=8, n_heads=1, n_layers=1, max_seq_len=1))
+    one = CausalLM(GPT2Config(vocab_size=V, d_model=8, n_heads=1, n_layers=1, max_seq_len=1))
     assert generate(one, torch.tensor([[3]]), 5, temperature=0).shape == (1, 6)
 
 
@@ -390,7 +392,7 @@ def tokenizer():
 @pytest.fixture
 def says(tokenizer, monkeypatch):
     """Make every model say `text` after `prompt`, then <eos>."""
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
                           max_seq_len=600))
 
     def script(text, prompt="to be"):
@@ -435,7 +437,7 @@ def test_stream_ends_at_max_new_tokens(tokenizer, says):
 @pytest.mark.filterwarnings("ignore:the text is longer")
 def test_stream_goes_beyond_the_context(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=16))
     pieces = list(stream(model, tokenizer, "to be", 60, eos_token_id=[]))
     assert "".join(pieces)
@@ -443,7 +445,7 @@ def test_stream_goes_beyond_the_context(tokenizer):
 
 def test_stream_of_ids_and_with_another_end(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=64))
     ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
     greedy = dict(temperature=0, eos_token_id=[])
@@ -460,7 +462,7 @@ def test_stream_of_a_chat_ends_with_the_answer(tokenizer, monkeypatch):
     ids = chatty.chat([{"role": "user", "content": "to be?"}])
     answer = [*tokenizer.encode("or not"), *tokenizer.encode("<|im_end|>\n", True)]
     said = iter(answer)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
                           max_seq_len=99))
     monkeypatch.setattr(decoding, "next_logits", lambda *_: 50.0 * F.one_hot(
         torch.tensor([next(said)]), tokenizer.vocab_size))
@@ -469,7 +471,7 @@ def test_stream_of_a_chat_ends_with_the_answer(tokenizer, monkeypatch):
 
 def test_stream_equals_generate(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=64))
     text = "".join(stream(model, tokenizer, "to be", 20, top_k=30,
                           generator=torch.Generator().manual_seed(7)))

@@ -14,6 +14,7 @@ from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training import run as runs
+from skylar.training.metrics import read_metrics
 from skylar.training.optim import AdamWConfig
 from skylar.training.run import (
     LOCK,
@@ -31,7 +32,6 @@ from skylar.training.run import (
     save_run,
     train,
 )
-from skylar.training.metrics import read_metrics
 from skylar.utils.files import directory_lock
 
 
