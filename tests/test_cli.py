@@ -15,7 +15,7 @@ import yaml
 
 from skylar import cli
 from skylar.cli import COMMANDS, main
-from skylar.training.trainer import read_metrics
+from skylar.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SKYLAR = [sys.executable, "-m", "skylar"]
@@ -492,7 +492,7 @@ def test_a_disk_that_fills_up_while_training(home, tiny_disk, monkeypatch, capsy
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # the check cannot know
     words = pretrain(home, "--out", str(tiny_disk / "run"), "--train.steps", "40",
-                     "--train.save_every", "2", "--train.keep", "0")
+                     "--train.save_every", "2", "--train.keep_last", "0")
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "No space left" in err, err
