@@ -261,7 +261,7 @@ def either_kind(model):
         if name == "qwen3":
             return CausalLM(Qwen3Config(**sizes))
         sinks = 2 if "sinks" in name else 0
-        return CausalLM(get_config("test", "skylar", **sizes, window=4, sinks=sinks))
+        return CausalLM(get_config("test", "skylar", **sizes, window=4, num_sink_tokens=sinks))
 
     return make
 
