@@ -201,7 +201,8 @@ def _type_options(kind: Any, optional: bool) -> dict[str, Any]:
     if kind == list[str]:
         return {"type": texts, "action": "append", "metavar": "str"}
     if get_origin(kind) is tuple:
-        return {"type": kind, "metavar": f"[{','.join(k.__name__ for k in get_args(kind))}]"}
+        names = ",".join(getattr(k, "__name__", "...") for k in get_args(kind))
+        return {"type": kind | None if optional else kind, "metavar": f"[{names}]"}
     named = {} if get_origin(kind) is Literal else {"metavar": getattr(kind, "__name__", None)}
     return {"type": kind | None if optional else kind, **named}
 
