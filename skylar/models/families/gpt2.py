@@ -95,9 +95,8 @@ def _weight_map(config) -> list[TensorMapping]:
 class GPT2Config:
     """GPT-2 (Radford et al. 2019); the defaults are the 124M model.
 
-    Raises `ValueError` naming what does not fit. Without biases, or with another `d_head`
-    than `d_model / n_heads`, no class of transformers is its equal.
-    """
+    Raises `ValueError` naming what does not fit; transformers knows only the default bias
+    and `d_head`."""
 
     vocab_size: int = 50_257  # V
     d_model: int = 768  # D
@@ -132,11 +131,10 @@ class GPT2Config:
         return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
 
     def decoder(self) -> DecoderConfig:
-        block = self.block()
-        return build_decoder(
-            self, (block,) * self.n_layers, norm=block.norm,
-            dropout=_rate(self, self.embedding_dropout),
-            positions=LearnedPositionsConfig(max_len=self.max_seq_len))
+        block, dropout = self.block(), _rate(self, self.embedding_dropout)
+        positions = LearnedPositionsConfig(max_len=self.max_seq_len)
+        return build_decoder(self, (block,) * self.n_layers, norm=block.norm,
+                             dropout=dropout, positions=positions)
 
     def to_hf(self) -> dict | None:
         if not self.bias or head_width(self) * self.n_heads != self.d_model:
