@@ -201,7 +201,9 @@ def _type_options(kind: Any, optional: bool) -> dict[str, Any]:
     if kind == list[str]:
         return {"type": texts, "action": "append", "metavar": "str"}
     if get_origin(kind) is tuple:
-        return {"type": kind, "metavar": f"[{','.join(k.__name__ for k in get_args(kind))}]"}
+        parts = ("..." if k is ... else k.__name__ for k in get_args(kind))
+        kind = kind | None if optional else kind
+        return {"type": kind, "metavar": f"[{','.join(parts)}]"}
     named = {} if get_origin(kind) is Literal else {"metavar": getattr(kind, "__name__", None)}
     return {"type": kind | None if optional else kind, **named}
 
