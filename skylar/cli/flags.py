@@ -227,7 +227,7 @@ class HelpFormatter(
 class UsageError(ValueError):
     "A command line that cannot be understood; the message is one line for the user."
 
-
+# %% ../../nbs/library/flags.ipynb #ff2c228d
 class Parser(jsonargparse.ArgumentParser):
     "jsonargparse whose complaint is one line, with the nearest flag there is."
 

@@ -85,6 +85,7 @@ class TrainConfig:
 
 
 
+# %% ../../nbs/library/adapters.ipynb #98cafafb
 _NAMES = {"accumulate": "grad_accum_steps", "clip": "max_grad_norm", "keep": "keep_last",
           "max_skips": "max_nonfinite_steps"}
 
@@ -105,7 +106,7 @@ class NextTokenObjective(torch.nn.Module):
         super().__init__()
         self.model = model
 
-
+# %% ../../nbs/library/adapters.ipynb #449f7a35
 class Trainer:
     "Today's Trainer with tomorrow's arguments."
 
@@ -192,7 +193,7 @@ def prepare_data(
             shard_bytes=shard_mb << 20, workers=workers, progress=sys.stderr.isatty())
         print(f"{folder / part}: {made['n_tokens']:,} tokens", flush=True)
 
-
+# %% ../../nbs/library/adapters.ipynb #1ba5144a
 def _check_recipe(folder: Path, recipe: dict) -> None:
     note = folder / "corpus.json"
     if not note.exists():
@@ -223,7 +224,7 @@ def _corpus_tokenizer(folder: Path, recipe: dict) -> BPETokenizer:
         shutil.rmtree(part, ignore_errors=True)
     return bpe
 
-
+# %% ../../nbs/library/adapters.ipynb #1e5b5eee
 def _parts(folder: str | Path) -> list[Path]:
     parts = [Path(folder) / part for part in ("train", "val")]
     for part in parts:

@@ -198,7 +198,7 @@ def is_half_made(out: Path) -> bool:
 
 LOCK = ".run.lock"  # held while a run trains
 
-
+# %% ../../nbs/library/runs.ipynb #8f8a16ec
 def check_out(config: RunConfig) -> RunConfig:
     """The config to train with: `train.steps` raised by `extend_to`.
 
@@ -402,8 +402,8 @@ def run_summary(run: Run) -> dict[str, str]:
     limit = "" if minutes is None else f", at most {minutes:g} minutes"
     return {
         "model": f"{config.preset}, {family_name(run.model)}, "
-                 f"{count_parameters(run.model):,} parameters, vocabulary {run.model.vocab_size}, "
-                 f"context {run.model.max_seq_len}",
+                 f"{count_parameters(run.model):,} parameters, "
+                 f"vocabulary {run.model.vocab_size}, context {run.model.max_seq_len}",
         "data": f"{n_tokens:,} tokens in {config.data}",
         "step": f"{run.tokens_per_step:,} tokens",
         "run": f"{steps:,} steps = {tokens:,} tokens = {tokens / n_tokens:.1f} epochs{limit}",
