@@ -389,10 +389,33 @@ def test_unfinished_character_at_the_end_is_shown_as_such(ours):
     assert ours.decode(ids).endswith("\ufffd")
 
 
-@pytest.mark.parametrize("i", [-1, 10_000])
-def test_unknown_id_is_named(ours, i):
-    with pytest.raises(ValueError, match=f"token id {i} "):
+@pytest.mark.parametrize("i", [-1, 2**32, 10**12])
+def test_what_is_no_id_is_named(ours, i):
+    with pytest.raises(ValueError, match=f"{i} is no token id"):
         ours.decode([i])
+    with pytest.raises(ValueError, match=f"{i} is no token id"):
+        list(ours.decode_iterable([i]))
+
+
+def test_rows_of_a_padded_vocabulary_decode_to_nothing(ours, theirs):
+    ids = ours.encode("to be or not to be")
+    for at in range(len(ids) + 1):
+        padded = [*ids[:at], ours.vocab_size, 10**9, *ids[at:]]
+        assert ours.decode(padded) == theirs.decode(padded) == ours.decode(ids)
+        assert "".join(ours.decode_iterable(padded)) == ours.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stream_goes_on_from_its_context(ours, seed):
+    "What a prompt and the stream after it say, together, is the text of both: no space is lost."
+    text = random_text(seed)
+    ids = [*ours.prefix_ids, *ours.encode("to be " + text, allowed_special=True)]
+    for cut in range(0, 30):
+        said = "".join(ours.decode_iterable(iter(ids[cut:]), context=ids[:cut]))
+        before, whole = ours.decode(ids[:cut]), ours.decode(ids)
+        if not whole.startswith(before):  # it ends in half a character, which is said whole
+            before = before.rstrip("\ufffd")
+        assert before + said == whole
 
 
 def test_decode_stream_takes_any_decoder():
@@ -445,17 +468,17 @@ def test_trusted_roles_may_write_them(ours, theirs):
     assert ids.count(ours.control_tokens["<think>"]) == 2  # the template writes one more
 
 
-def test_end_ids(ours):
+def test_eos_token_ids(ours):
     ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>", "zephyr": None}
     for name, token in ends.items():
         tokenizer = PretrainedTokenizer(ours.files | {"chat_template.jinja": TEMPLATES[name]})
         want = {tokenizer.eos_id} | ({tokenizer.control_tokens[token]} if token else set())
-        assert tokenizer.end_ids == tuple(sorted(want))
+        assert tokenizer.eos_token_ids == tuple(sorted(want))
 
 
 def test_no_template_no_chat(tmp_path):
     tokenizer = PretrainedTokenizer.load(write(tmp_path, byte_level(), None))
-    assert tokenizer.bos_id is None and tokenizer.end_ids == ()
+    assert tokenizer.bos_id is None and tokenizer.eos_token_ids == ()
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.chat(TALK)
 
@@ -491,7 +514,10 @@ def test_pickles_for_worker_processes(ours):
     ({"tokenizer.json": b"\xff"}, ValueError, "no readable tokenizer"),
     ({"tokenizer_config.json": b"["}, ValueError, "is no readable tokenizer"),
     ({"tokenizer_config.json": b"[1]"}, ValueError, "is no readable tokenizer"),
-    ({"tokenizer_config.json": b'{"eos_token": "<gone>"}'}, ValueError, "eos_token '<gone>'"),
+    ({"tokenizer_config.json": b'{"eos_token": "<gone>"}'}, ValueError, "names the token '<gone>'"),
+    ({"tokenizer_config.json": b'{"chat_template": 3}'}, ValueError, "chat_template is a int"),
+    ({"tokenizer_config.json": b'{"additional_special_tokens": 3}'}, ValueError, "no readable"),
+    ({"tokenizer_config.json": b'{"added_tokens_decoder": {"x": 1}}'}, ValueError, "no readable"),
 ])
 def test_bad_files_are_one_clear_error(tmp_path, files, error, message):
     if files and "tokenizer.json" not in files:
@@ -521,5 +547,5 @@ def test_ours_with_chat(bpe, tmp_path):
     assert tokenizer.prefix_ids == [bpe.bos_id]
     assert theirs("to be")["input_ids"] == [bpe.bos_id, *bpe.encode("to be")]
     im_end = bpe.encode("<|im_end|>", allowed_special=True)
-    assert tokenizer.end_ids == tuple(sorted([bpe.eos_id, *im_end]))
+    assert tokenizer.eos_token_ids == tuple(sorted([bpe.eos_id, *im_end]))
     assert BPETokenizer.load(tmp_path).encode(SAMPLE) == bpe.encode(SAMPLE)  # no <bos> there

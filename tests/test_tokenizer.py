@@ -265,7 +265,7 @@ def test_every_border_is_safe(name):
     pattern, found = PATTERNS[name], 0
     for _ in range(5000):
         text, more = random_text(rng, rng.randrange(1, 25)), random_text(rng, rng.randrange(6))
-        if border := module._BORDERS[pattern].match(text):
+        if border := module.BORDERS[pattern].match(text):
             found += 1
             left, right = text[: border.end()], text[border.end() :] + more
             cut = pre_tokenize(left, pattern) + pre_tokenize(right, pattern)
