@@ -408,7 +408,7 @@ def test_rows_of_a_padded_vocabulary_decode_to_nothing(ours, theirs):
 @pytest.mark.parametrize("seed", range(5))
 def test_stream_goes_on_from_its_context(ours, seed):
     "What a prompt and the stream after it say, together, is the text of both: no space is lost."
-    text = random_text(seed)
+    text = random_text(seed).replace("\ufffd", "?")
     ids = [*ours.prefix_ids, *ours.encode("to be " + text, allowed_special=True)]
     for cut in range(0, 30):
         said = "".join(ours.decode_iterable(iter(ids[cut:]), context=ids[:cut]))
