@@ -186,8 +186,7 @@ def _prompt_ids(tokenizer: BPETokenizer | PretrainedTokenizer, prompt: str | Seq
         raise ValueError("empty prompt: give at least one character")
     if not isinstance(prompt, str):
         return list(prompt)
-    begin = getattr(tokenizer, "prefix_ids", None)
-    return [*([tokenizer.bos_id] if begin is None else begin), *tokenizer.encode(prompt)]
+    return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
 
 
 def stream(
@@ -207,7 +206,7 @@ def stream(
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     if isinstance(stop, str) or "" in stop:
         raise ValueError(f"stop={stop!r}: give a list of non-empty strings")
-    own = getattr(tokenizer, "end_ids", tokenizer.eos_id)
+    own = tokenizer.eos_token_ids
     ends = set(_ends(own if eos_id is None else eos_id))
     prompt_ids = _prompt_ids(tokenizer, prompt)
     _check_prompt(torch.empty(1, len(prompt_ids)), max_new_tokens)
@@ -217,4 +216,4 @@ def stream(
         model, ids.to(model.lm_head.weight.device), len(prompt_ids), None, temperature, top_k,
         top_p, repetition_penalty, generator)
     new = itertools.takewhile(lambda i: i not in ends, map(int, tokens))
-    return filter(None, stop_stream(tokenizer.decode_iterable(new), stop))
+    return filter(None, stop_stream(tokenizer.decode_iterable(new, context=prompt_ids), stop))

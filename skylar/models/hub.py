@@ -115,7 +115,7 @@ def save_pretrained(
     ids = _token_ids(tokenizer)
     config = write_config(model.config, next(model.parameters()).dtype, **ids)
     if tokenizer is not None:  # <eos> ends a text; an answer ends with <|im_end|>
-        ids["eos_token_id"] = list(tokenizer.end_ids) or None
+        ids["eos_token_id"] = list(tokenizer.eos_token_ids) or None
     with _appearing(folder) as part:
         _save_weights(model, config["model_type"], part, max_shard_size)
         _write_json(part / "generation_config.json", ids)

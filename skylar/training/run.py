@@ -399,8 +399,10 @@ def open_model(
     if Path(where).is_dir() and not Path(where, "config.json").exists():
         model, tokenizer, _ = load_run(where)
         tokenizer = with_chat(tokenizer)
-        return model, tokenizer, tokenizer.end_ids
-    return from_pretrained(where), load_tokenizer(where), tuple(end_ids(where))
+        return model, tokenizer, tokenizer.eos_token_ids
+    tokenizer = load_tokenizer(where)  # its template may end answers with another token
+    ends = {*end_ids(where), *tokenizer.eos_token_ids}
+    return from_pretrained(where), tokenizer, tuple(sorted(ends))
 
 # %% ../../nbs/runs.ipynb #c039
 def measure(
