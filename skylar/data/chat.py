@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,7 @@ class ControlTokenGuard:
         self.pattern = re.compile(longest_first or "(?!)")
         self._any_case = re.compile(longest_first or "(?!)", re.IGNORECASE)
         self._names = [name.casefold() for name in control_tokens]
+        self._lone = {t["content"] for t in spec["added_tokens"] if t["single_word"]}
         spec = json.loads(json.dumps(spec))
         ids = [token["id"] for token in spec["added_tokens"]]
         plain = {i for i in self._model_ids(spec) if i != self._unknown_id(spec)}
@@ -275,6 +277,16 @@ class ControlTokenGuard:
             return any(text[-n:].casefold() in starts for n in sizes)
         return any(text[:n].casefold() in ends for n in sizes)
 
+    def _rename(self, found: re.Match) -> str:
+        "The secret name of a control token; a `single_word` one is none beside a letter."
+        if found[0] in self._lone:
+            text, reach = found.string, len(self._mark) + 1
+            before = text[max(0, found.start() - reach) : found.start()].removesuffix(self._mark)
+            after = text[found.end() : found.end() + reach].removeprefix(self._mark)
+            if re.search(r"\w", before[-1:] + after[:1]):
+                return found[0]
+        return self._secret[found[0]]
+
     def true_ids(self, ids: list[int]) -> list[int]:
         "Ids of the real tokenizer. `ValueError` if plain text has made a control token."
         if not self.reserved_ids.isdisjoint(ids):
@@ -284,7 +296,7 @@ class ControlTokenGuard:
 
     def encode_rendered(self, text: str) -> list[int]:
         "Ids of a rendered chat: whole control tokens are real, escaped ones are text."
-        text = self.pattern.sub(lambda m: self._secret[m[0]], text)
+        text = self.pattern.sub(self._rename, text)
         text = check_text(text.replace(self._mark, ""), "the rendered chat")
         return self.true_ids(encode_in_parts(self.rust, [text], None)[0])
 
@@ -332,42 +344,34 @@ def _read_config(files: Mapping[str, str], name: str) -> dict:
         return config | dict(json.loads(files["special_tokens_map.json"]))
 
 # %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c034
-def _config_tokens(config: dict) -> list[AddedToken]:
-    "The tokens that a configuration names, with the flags that it gives them."
-    def read(token: Any, special: bool) -> AddedToken:
-        if not isinstance(token, dict):
-            return AddedToken(token, special=True, normalized=False)
-        flags = {k: v for k, v in token.items() if k not in ("__type", "content", "special")}
-        return AddedToken(token["content"], special=special or bool(token.get("special")), **flags)
+def _as_token(token: Any) -> AddedToken:
+    if not isinstance(token, dict):
+        return AddedToken(token, special=True, normalized=False)
+    return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
 
-    decoder = config.get("added_tokens_decoder", {})
-    known = {token["content"]: token for _, token in sorted(
-        decoder.items(), key=lambda item: int(item[0]))}
+
+def _special_names(config: dict) -> list:
+    "What a configuration names as special: bos_token, ..., and a list without names."
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else list(extra)
-    named = [config[key] for key in config if key.endswith("_token") and _content(config[key])]
-    named = [known.get(_content(token), token) for token in named]
-    return [read(t, False) for t in known.values()] + [read(t, True) for t in named + extra]
+    extra = list(extra.values() if isinstance(extra, dict) else extra)
+    return [t for key, t in config.items() if key.endswith("_token") and _content(t)] + extra
 
 
 def _apply_config(rust: Tokenizer, config: dict) -> None:
     "Change `rust` as `PreTrainedTokenizerFast` does. `ValueError` for tokens that are new."
-    added = {token.content: token for token in rust.get_added_tokens_decoder().values()}
-    for token in _config_tokens(config):
+    def known(token: AddedToken) -> AddedToken:
         if rust.token_to_id(token.content) is None:
             raise ValueError(f"tokenizer_config.json names the token {token.content!r}, which "
                              "is not in its vocabulary")
-        if token.content in added and not isinstance(config.get("added_tokens_decoder"), dict):
-            token = added[token.content]  # the flags of tokenizer.json hold
+        return token
+
+    flagged = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda t: int(t[0]))
+    rust.add_tokens([known(_as_token(token)) for _, token in flagged])
+    for token in map(_as_token, _special_names(config)):
+        added = {t.content for t in rust.get_added_tokens_decoder().values()}
+        if known(token).content not in added:
             token.special = True
-        rust.add_tokens([token])
-    if {"add_bos_token", "add_eos_token"} & config.keys():
-        first, last = (
-            _content(config.get(f"{role}_token")) if config.get(f"add_{role}_token") else None
-            for role in ("bos", "eos"))
-        rust.post_processor = processors.TemplateProcessing(
-            single=[*filter(None, [first, "$A", last])],
-            special_tokens=[(t, rust.token_to_id(t)) for t in {first, last} - {None}])
+            rust.add_tokens([token])
 
 
 def _parse(files: Mapping[str, str], config: dict, name: str) -> Tokenizer:
@@ -498,7 +502,8 @@ class PretrainedTokenizer:
     def prefix_ids(self) -> list[int]:
         "What texts of this model begin with: <bos> or nothing, as tokenizer.json says."
         found = self._rust.encode("a")
-        return found.ids[: found.special_tokens_mask.index(0)]
+        marked = zip(found.ids, found.special_tokens_mask)
+        return [i for i, special in takewhile(lambda pair: pair[1], marked)]
 
     def encode(
         self,
