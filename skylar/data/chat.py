@@ -344,9 +344,14 @@ def _read_config(files: Mapping[str, str], name: str) -> dict:
         return config | dict(json.loads(files["special_tokens_map.json"]))
 
 # %% ../../nbs/01_gqa_rope/07_chat_format.ipynb #c034
+_FLAGS = {"__type", "content", "lstrip", "normalized", "rstrip", "single_word", "special"}
+
+
 def _as_token(token: Any) -> AddedToken:
     if not isinstance(token, dict):
         return AddedToken(token, special=True, normalized=False)
+    if unknown := token.keys() - _FLAGS:
+        raise ValueError(f"tokenizer_config.json gives a token the unknown flag {min(unknown)!r}")
     return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
 
 
@@ -428,7 +433,7 @@ class PretrainedTokenizer:
         files: Mapping[str, str],  # their texts by name; tokenizer.json is needed
         name: str = "tokenizer",  # what error messages call it
     ):
-        self.files = {k: files[k] for k in FILES if k in files}
+        self.files, self._name = {k: files[k] for k in FILES if k in files}, name
         config = _read_config(self.files, name)
         self._rust = _parse(self.files, config, name)
         with rust_errors(name):
@@ -471,7 +476,8 @@ class PretrainedTokenizer:
 
     @cached_property
     def _guard(self) -> ControlTokenGuard:
-        return ControlTokenGuard(self._spec, self.control_tokens)
+        with rust_errors(f"{self._name}: its vocabulary is damaged"):
+            return ControlTokenGuard(self._spec, self.control_tokens)
 
     @cached_property
     def _decoder(self) -> ByteDecoder | RustDecoder:
