@@ -182,8 +182,8 @@ def test_decode_equals_rust_on_any_ids(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(20))]
-        assert tokenizer.decode(ids) == tokenizer._rust.decode(ids, skip_special_tokens=False)
-        assert tokenizer.decode(ids, skip_special=True) == tokenizer._rust.decode(ids)
+        assert tokenizer.decode(ids) == tokenizer._vocabulary._rust.decode(ids, skip_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special=True) == tokenizer._vocabulary._rust.decode(ids)
 
 
 def test_decode_as_ids_come(tokenizer):
@@ -281,7 +281,7 @@ def test_long_texts_in_parts_equal_whole(pattern, size, monkeypatch):
     rng = random.Random(size)
     texts = [CODE[:3000], *(random_text(rng, 300) for _ in range(40))]
     for text, ids in zip(texts, trained.encode_batch(texts)):
-        whole = trained._literal.encode(text, add_special_tokens=False).ids
+        whole = trained._vocabulary._literal.encode(text, add_special_tokens=False).ids
         assert ids == trained.encode(text) == whole
         assert list(trained.encode_iterable([text[:70], text[70:]])) == whole
 
@@ -291,7 +291,7 @@ def test_encode_iterable_with_special_tokens(special, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 6)
     trained = BPETokenizer.train([ENGLISH], 400, [special])
     text = f"{special}one two {special}\n\nthree {special} {special}{special}four five\n{special}"
-    whole = trained._rust.encode(text, add_special_tokens=False).ids
+    whole = trained._vocabulary._rust.encode(text, add_special_tokens=False).ids
     for step in (1, 3, 100):
         chunks = [text[i : i + step] for i in range(0, len(text), step)]
         assert list(trained.encode_iterable(chunks, allowed_special=True)) == whole
@@ -337,7 +337,7 @@ def test_encode_iterable_memory_is_constant():
 
 
 def test_special_tokens_come_first(tokenizer):
-    assert [tokenizer._rust.token_to_id(t) for t in SPECIAL_TOKENS] == list(
+    assert [tokenizer._vocabulary._rust.token_to_id(t) for t in SPECIAL_TOKENS] == list(
         range(len(SPECIAL_TOKENS))
     )
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
@@ -681,12 +681,12 @@ def test_load_cut_off(tokenizer, tmp_path):
 
 def test_load_foreign(tokenizer, tmp_path):
     foreign = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    other_cut = json.loads(tokenizer._content)
+    other_cut = json.loads(tokenizer.files["tokenizer.json"])
     other_cut["pre_tokenizer"]["pretokenizers"][0]["behavior"] = "Removed"
-    random_merges = json.loads(tokenizer._content)
+    random_merges = json.loads(tokenizer.files["tokenizer.json"])
     random_merges["model"]["dropout"] = 0.1
-    lower = json.loads(tokenizer._content) | {"normalizer": {"type": "Lowercase"}}
-    no_byte = json.loads(tokenizer._content)
+    lower = json.loads(tokenizer.files["tokenizer.json"]) | {"normalizer": {"type": "Lowercase"}}
+    no_byte = json.loads(tokenizer.files["tokenizer.json"])
     no_byte["model"]["merges"] = []
     no_byte["model"]["vocab"] = {t: i for t, i in no_byte["model"]["vocab"].items() if t != "Ċ"}
     for spec in (json.loads(foreign.to_str()), other_cut, random_merges, lower, no_byte):

@@ -225,7 +225,7 @@ def test_streams_and_chunks_equal_whole(family, seed, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 7)
     for text in texts(rng, 12):
         chunks = [text[i : i + 5] for i in range(0, len(text), 5)]
-        whole = ours._rust.encode(text, add_special_tokens=False).ids
+        whole = ours._vocabulary.rust.encode(text, add_special_tokens=False).ids
         assert list(ours.encode_iterable(chunks, allowed_special=True)) == whole
         assert ours.encode_batch([text, "a"], allowed_special=True)[0] == whole
         if family != "word_piece":  # its clean-up looks at what comes next
@@ -240,7 +240,7 @@ def test_chat_equals_transformers_and_cannot_be_forged(family, seed, tmp_path):
     want = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
     assert ours.chat(talk) == want
     control = [i for i in want if i in ours.control_tokens.values()]
-    if any(t["single_word"] for t in ours._spec["added_tokens"]):
+    if any(t["single_word"] for t in ours._vocabulary.spec["added_tokens"]):
         return  # whether the template's own token counts then depends on the letter beside it
     for _ in range(30):
         role, content = ("".join(rng.choices(PIECES, k=rng.randrange(1, 5))) for _ in "ab")

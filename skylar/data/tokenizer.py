@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PATTERN', 'PATTERNS', 'BYTE_TO_CHAR', 'CHAR_TO_BYTE', 'BYTE_ORDER', 'BYTE_ID', 'Pair', 'SPECIAL_TOKENS', 'BORDERS',
            'CHUNK', 'ROLE_NAMES', 'check_text', 'pre_tokenize', 'train_bpe', 'merge_bytes', 'encode_bpe', 'decode_bpe',
-           'cut_safely', 'rust_errors', 'encode_in_parts', 'ByteDecoder', 'check_id', 'plain_ids', 'pattern_of',
-           'unlimited', 'check_texts', 'BPETokenizer']
+           'cut_safely', 'rust_errors', 'encode_in_parts', 'ByteDecoder', 'check_id', 'visible_ids', 'pattern_of',
+           'unlimited', 'check_texts', 'train_vocabulary', 'assemble_vocabulary', 'BaseTokenizer', 'BPEVocabulary',
+           'BPETokenizer']
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c003
 import codecs
@@ -334,7 +335,7 @@ def _grouped(parts: Iterable[str], size: int = 1 << 22) -> Iterator[list[str]]:
 
 
 def encode_in_parts(
-    rust: Tokenizer, texts: list[str], border: re.Pattern | None
+    texts: list[str], rust: Tokenizer, border: re.Pattern | None
 ) -> list[list[int]]:
     "Ids of each text, without <bos>: on all cores, in memory that long texts do not fill."
     parts = [list(cut_safely([text], border)) for text in texts]
@@ -377,9 +378,10 @@ def check_id(i: int) -> bool:
     return True
 
 
-def plain_ids(ids: Iterable[int]) -> Iterable[int]:
-    "Python integers from a list, an iterator, an array or a tensor."
-    return ids.tolist() if hasattr(ids, "tolist") else ids
+def visible_ids(ids: Iterable[int], hidden: frozenset[int] = frozenset()) -> Iterable[int]:
+    "Python integers from a list, an iterator, an array or a tensor, without the hidden ones."
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    return (i for i in ids if i not in hidden) if hidden else ids
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c097
 def _new_spec(pattern: str) -> dict:
@@ -470,6 +472,16 @@ def _read_roles(folder: Path) -> dict[str, str] | None:
     found = {r: t.get("content") if isinstance(t, dict) else t for r, t in found.items()}
     return {role: token for role, token in found.items() if token is not None}
 
+
+def _read_folder(folder: Path) -> tuple[str, str, dict[str, str] | None]:
+    "The text of a tokenizer.json, its path, and the roles beside it."
+    path = safe_join(folder, "tokenizer.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no tokenizer at {path}; make one with `skylar tokenizer train`")
+    with rust_errors(f"{path} is no readable tokenizer.json"):
+        return path.read_bytes().decode(), str(path), _read_roles(folder)
+
 # %% ../../nbs/00_transformer/01_bpe.ipynb #c101
 def _regex(pattern: str) -> str:
     "The regular expression behind a name, or one's own. `ValueError` if Rust cannot use it."
@@ -491,19 +503,25 @@ def _watched(texts: Iterable[str], progress: Callable[[str, int], None]) -> Iter
     progress("merging", 0)
 
 
-def _learn(texts, vocab_size: int, specials: Sequence[str], pattern: str, progress) -> str:
-    "tokenizer.json of a new vocabulary; a warning says when the texts do not fill it."
+def train_vocabulary(
+    texts: Iterable[str],  # documents, read once, one at a time
+    vocab_size: int = 40_960,  # special tokens + 256 bytes + merges
+    special_tokens: Iterable[str] = SPECIAL_TOKENS,  # they get the first ids
+    pattern: str = "cl100k",  # one of PATTERNS, or a regular expression
+    progress: Callable[[str, int], None] | None = None,  # ("reading", characters so far)
+) -> str:  # tokenizer.json
+    "Learn a vocabulary; a warning says when the texts are too few to fill it."
+    specials, regex = tuple(special_tokens), _regex(pattern)
     _check_specials(specials)
     if vocab_size < (least := 256 + len(specials)):
         raise ValueError(
             f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} "
             f"special tokens need at least {least}"
         )
-    border = BORDERS.get(pattern)
     parts = (part for text in _split_at(check_texts(texts), specials)
-             for part in cut_safely([text], border))
+             for part in cut_safely([text], BORDERS.get(regex)))
     parts = parts if progress is None else _watched(parts, progress)
-    rust = _train_rust(parts, vocab_size, specials, pattern)
+    rust = _train_rust(parts, vocab_size, specials, regex)
     if (size := rust.get_vocab_size()) < vocab_size:
         warnings.warn(
             f"the texts hold only {size - least} merges seen at least twice: the "
@@ -517,28 +535,32 @@ def _spell(token: bytes) -> str:
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def _assemble(
-    vocab: Mapping[int, bytes], merges: Sequence[tuple[bytes, bytes]],
-    specials: Sequence[str], pattern: str,
-) -> str:
-    "tokenizer.json of a given vocabulary. `ValueError` if its parts do not fit together."
-    _check_specials(specials)
-    known = {token: i for i, token in vocab.items()}
+def _check_complete(known: Iterable[bytes], merges: Sequence[tuple[bytes, bytes]]) -> None:
+    "`ValueError` unless all bytes, and all parts and results of merges, are known."
     if lacking := [b for b in range(256) if bytes([b]) not in known]:
-        raise ValueError(f"the vocabulary lacks the byte {lacking[0]}: it cannot spell any text")
-    if len(known) < len(vocab):
-        raise ValueError("the vocabulary has two ids for the same bytes")
+        raise ValueError(f"the vocabulary lacks the byte {lacking[0]}: some texts have no ids")
     for left, right in merges:
-        if lacking := {left, right, left + right} - known.keys():
+        if lacking := {left, right, left + right} - known:
             raise ValueError(f"the merge {left!r} + {right!r} needs {min(lacking)!r}, which is "
                              "not in the vocabulary")
-    new = max(vocab) + 1
-    ids = {}
-    for token in specials:
-        ids[token] = known.pop(token.encode(), None)
-        if ids[token] is None:
-            ids[token], new = new, new + 1
-    spec = _new_spec(pattern)
+
+
+def assemble_vocabulary(
+    vocab: Mapping[int, bytes],  # the 256 bytes and the merged tokens, by id
+    merges: Sequence[tuple[bytes, bytes]],  # in the order they were learned
+    special_tokens: Iterable[str] = (),  # those not in `vocab` get the next ids
+    pattern: str = "cl100k",  # one of PATTERNS, or a regular expression
+) -> str:  # tokenizer.json
+    "The file of a vocabulary made elsewhere. `ValueError` if its parts do not fit together."
+    specials, spec = tuple(special_tokens), _new_spec(_regex(pattern))
+    _check_specials(specials)
+    known = {token: i for i, token in vocab.items()}
+    if len(known) < len(vocab):
+        raise ValueError("the vocabulary has two ids for the same bytes")
+    _check_complete(known.keys(), merges)
+    new = [token for token in specials if token.encode() not in known]
+    ids = {token: i for i, token in enumerate(new, max(vocab) + 1)}
+    ids |= {token: known.pop(token.encode()) for token in specials if token not in ids}
     spec["model"]["vocab"] = {_spell(token): i for token, i in known.items()} | ids
     spec["model"]["merges"] = [[_spell(left), _spell(right)] for left, right in merges]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -557,135 +579,23 @@ def _check_unreachable(spec: dict, specials: Iterable[str]) -> None:
                          "rename it, for example '<|name|>'")
 
 # %% ../../nbs/00_transformer/01_bpe.ipynb #d409559f
-class BPETokenizer:
-    """Byte-level BPE: any text to token ids and back. Make one with `train`, `from_vocab` or
-    `load`. The id of a role that no token plays (`bos_id`, ...) is None."""
-
-    def __init__(
-        self,
-        content: str,  # what tokenizer.json holds
-        name: str = "tokenizer.json",  # what error messages call it
-        roles: Mapping[str, str] | None = None,  # None: <pad>, <bos>, <eos>, if they are there
-    ):
-        self._content = content
-        self._rust, self._spec = _parse(content, name)
-        self._literal = unlimited(Tokenizer.from_str(content))
-        self._literal.encode_special_tokens = True  # "<eos>" in a text is five characters
-        self.special_tokens = {t["content"]: t["id"] for t in self._spec["added_tokens"]}
-        _check_unreachable(self._spec, self.special_tokens)
-        config = str(Path(name).with_name("tokenizer_config.json"))
-        self.roles = _check_roles(roles, list(self.special_tokens), config)
-        self.pad_id, self.bos_id, self.eos_id = (
-            self.special_tokens.get(self.roles.get(role)) for role in ("pad", "bos", "eos"))
-        self.vocab_size: int = 1 + max(self._rust.get_vocab().values())
-        self.pattern: str = pattern_of(self._spec)
-
-    def __reduce__(self):  # worker processes get the file's text
-        return BPETokenizer, (self._content, "tokenizer.json", self.roles)
+class BaseTokenizer:
+    "Text to ids and back, and to files: what `BPETokenizer` and `PretrainedTokenizer` share."
 
     def __repr__(self) -> str:
-        return f"BPETokenizer({self.vocab_size} tokens, {self.fingerprint[:12]})"
-
-    @classmethod
-    def train(
-        cls,
-        texts: Iterable[str],  # documents, read once, one at a time
-        vocab_size: int = 40_960,  # special tokens + 256 bytes + merges
-        special_tokens: Iterable[str] = SPECIAL_TOKENS,  # they get the first ids
-        pattern: str = "cl100k",  # one of PATTERNS, or a regular expression
-        roles: Mapping[str, str] | None = None,  # {"eos": "<|endoftext|>"}; None: <eos>, ...
-        progress: Callable[[str, int], None] | None = None,  # ("reading", characters so far)
-    ) -> "BPETokenizer":
-        "Learn a vocabulary; a warning says when the texts are too few to fill it."
-        specials, regex = tuple(special_tokens), _regex(pattern)
-        _check_roles(roles, specials)
-        return cls(_learn(texts, vocab_size, specials, regex, progress), roles=roles)
-
-    @classmethod
-    def from_vocab(
-        cls,
-        vocab: Mapping[int, bytes],  # the 256 bytes and the merged tokens, by id
-        merges: Sequence[tuple[bytes, bytes]],  # in the order they were learned
-        special_tokens: Iterable[str] = (),  # those not in `vocab` get the next ids
-        pattern: str = "cl100k",
-        roles: Mapping[str, str] | None = None,
-    ) -> "BPETokenizer":
-        "From a vocabulary and merges made elsewhere; `ValueError` if they do not fit together."
-        return cls(_assemble(vocab, merges, tuple(special_tokens), _regex(pattern)), roles=roles)
-
-    @classmethod
-    def load(cls, folder: Path | str) -> "BPETokenizer":
-        "Open what `save` wrote. FileNotFoundError or ValueError says what is wrong."
-        path = safe_join(folder, "tokenizer.json")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer at {path}; make one with `skylar tokenizer train`")
-        with rust_errors(f"{path} is no readable tokenizer.json"):
-            content = path.read_bytes().decode()
-        return cls(content, str(path), _read_roles(Path(folder)))
-
-    @property
-    def files(self) -> dict[str, str]:
-        "The files' texts by name."
-        config = _hf_config(list(self.special_tokens), self.roles)
-        return {"tokenizer_config.json": config, "tokenizer.json": self._content}
+        return f"{type(self).__name__}({self.vocab_size} tokens, {self.fingerprint[:12]})"
 
     def save(self, folder: Path | str) -> Path:
-        "Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` opens."
+        "Write the files, each whole or not at all: `AutoTokenizer` opens them."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             atomic_write(folder / name, text)
         return folder
 
-    @property
-    def fingerprint(self) -> str:
-        "SHA-256 of tokenizer.json, as `sha256sum` prints it."
-        return hashlib.sha256(self._content.encode()).hexdigest()
-
-    @property
-    def prefix_ids(self) -> list[int]:
-        "What a text begins with: <bos>, if there is one."
-        return [] if self.bos_id is None else [self.bos_id]
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        "Ids that end a text."
-        return () if self.eos_id is None else (self.eos_id,)
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        "Ids of the special tokens."
-        return frozenset(self.special_tokens.values())
-
-    @property
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        "The merges, in the order they were learned."
-        def read(token: str) -> bytes:
-            return bytes(CHAR_TO_BYTE[c] for c in token)
-
-        return [(read(left), read(right)) for left, right in self._spec["model"]["merges"]]
-
-    @cached_property
-    def token_bytes(self) -> dict[int, bytes]:
-        "The bytes of every token, by id."
-        found = {}
-        for token, i in self._rust.get_vocab().items():
-            special = token in self.special_tokens
-            found[i] = token.encode() if special else bytes(CHAR_TO_BYTE[c] for c in token)
-        return dict(sorted(found.items()))
-
-    @cached_property
-    def _decoder(self) -> ByteDecoder:
-        return ByteDecoder(self.token_bytes)
-
-    def _encoder(self, allowed_special: bool) -> tuple[Tokenizer, re.Pattern | None]:
-        "The Rust tokenizer, and where a text may be cut for it."
-        border = BORDERS.get(self.pattern)
-        if not allowed_special:
-            return self._literal, border
-        blank = any(map(re.compile(r"\s").search, self.special_tokens))  # a cut could hit it
-        return self._rust, None if blank else border
+    def encoder(self, allowed_special: bool) -> tuple[Tokenizer, re.Pattern | None]:
+        "The Rust tokenizer, and where a text may be cut for it; None: nowhere."
+        raise NotImplementedError
 
     def encode(
         self,
@@ -693,23 +603,23 @@ class BPETokenizer:
         allowed_special: bool = False,  # True only for text that you wrote yourself
     ) -> list[int]:
         "Ids of `text`, no <bos> or <eos> added. Special tokens in it are plain text."
-        rust, border = self._encoder(allowed_special)
-        return encode_in_parts(rust, [check_text(text)], border)[0]
+        return self.encode_batch([check_text(text)], allowed_special)[0]
 
-    def encode_batch(self, texts: Iterable[str], allowed_special: bool = False) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Iterable[str], allowed_special: bool = False
+    ) -> list[list[int]]:
         "`encode` of every text, on all cores."
-        rust, border = self._encoder(allowed_special)
-        return encode_in_parts(rust, list(check_texts(texts)), border)
+        return encode_in_parts(list(check_texts(texts)), *self.encoder(allowed_special))
 
     def encode_iterable(
         self,
         chunks: Iterable[str],  # one text in pieces, cut anywhere
         allowed_special: bool = False,
     ) -> Iterator[int]:
-        '`encode("".join(chunks))`, id by id, in memory that does not grow with them.'
-        rust, border = self._encoder(allowed_special)
+        '`encode("".join(chunks))`, id by id; only one of PATTERNS does not hold the whole.'
+        _, border = self.encoder(allowed_special)
         for part in cut_safely(check_texts(chunks, "chunk"), border):
-            yield from encode_in_parts(rust, [part], border)[0]
+            yield from self.encode(part, allowed_special)
 
     def decode(
         self,
@@ -717,7 +627,7 @@ class BPETokenizer:
         skip_special: bool = False,  # leave special tokens out
     ) -> str:
         "Text of `ids`: bytes that are no UTF-8 become U+FFFD, an id that no token has nothing."
-        return self._decoder.decode(self._shown(ids, skip_special))
+        return self.decoder.decode(visible_ids(ids, self.special_ids if skip_special else ()))
 
     def decode_iterable(
         self,
@@ -726,8 +636,112 @@ class BPETokenizer:
         context: Iterable[int] = (),  # ids before the first, such as the prompt's
     ) -> Iterator[str]:
         "`decode` as the ids come: a character appears with the id that completes it."
-        return self._decoder.stream(self._shown(ids, skip_special), plain_ids(context))
+        ids = visible_ids(ids, self.special_ids if skip_special else ())
+        return self.decoder.stream(ids, visible_ids(context))
 
-    def _shown(self, ids: Iterable[int], skip_special: bool) -> Iterable[int]:
-        hidden = self.special_ids if skip_special else ()
-        return (i for i in plain_ids(ids) if i not in hidden) if hidden else plain_ids(ids)
+# %% ../../nbs/00_transformer/01_bpe.ipynb #3ef0feb3
+class BPEVocabulary:
+    "What a tokenizer.json of ours holds. `ValueError` if it is not one of ours."
+
+    def __init__(
+        self,
+        content: str,  # what tokenizer.json holds
+        name: str,  # what error messages call it
+        roles: Mapping[str, str] | None,  # None: <pad>, <bos>, <eos>, if they are there
+    ):
+        self._rust, self._spec = _parse(content, name)
+        self._literal = unlimited(Tokenizer.from_str(content))
+        self._literal.encode_special_tokens = True  # "<eos>" in a text is five characters
+        self.special_tokens = {t["content"]: t["id"] for t in self._spec["added_tokens"]}
+        _check_unreachable(self._spec, self.special_tokens)
+        config = str(Path(name).with_name("tokenizer_config.json"))
+        self.roles = _check_roles(roles, list(self.special_tokens), config)
+        self.pattern = pattern_of(self._spec)
+        self.size = 1 + max(self._rust.get_vocab().values())
+
+    def encoder(self, allowed_special: bool) -> tuple[Tokenizer, re.Pattern | None]:
+        "The Rust tokenizer, and where a text may be cut for it."
+        border = BORDERS.get(self.pattern)
+        if not allowed_special:
+            return self._literal, border
+        blank = any(re.search(r"\s", token) for token in self.special_tokens)
+        return self._rust, None if blank else border  # a cut could fall into a special token
+
+    def id_of(self, role: str) -> int | None:
+        "The id of the token that plays a role: pad, bos or eos."
+        return self.special_tokens.get(self.roles.get(role))
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        "The merges, in the order they were learned."
+        return [(_read_bytes(left), _read_bytes(right))
+                for left, right in self._spec["model"]["merges"]]
+
+    def token_bytes(self) -> dict[int, bytes]:
+        "The bytes of every token, by id."
+        found = {
+            i: token.encode() if token in self.special_tokens else _read_bytes(token)
+            for token, i in self._rust.get_vocab().items()
+        }
+        return dict(sorted(found.items()))
+
+
+def _read_bytes(token: str) -> bytes:
+    return bytes(CHAR_TO_BYTE[c] for c in token)
+
+# %% ../../nbs/00_transformer/01_bpe.ipynb #4c0d6e36
+class BPETokenizer(BaseTokenizer):
+    "Byte-level BPE. The id of a role that no token plays (`bos_id`, ...) is None."
+
+    def __init__(self, content: str, name: str = "tokenizer.json",
+                 roles: Mapping[str, str] | None = None):
+        self._vocabulary = vocabulary = BPEVocabulary(content, name, roles)
+        self.roles, self.pattern = vocabulary.roles, vocabulary.pattern
+        self.special_tokens, self.vocab_size = vocabulary.special_tokens, vocabulary.size
+        self.special_ids = frozenset(self.special_tokens.values())
+        self.pad_id, self.bos_id, self.eos_id = map(vocabulary.id_of, ROLE_NAMES)
+        self.prefix_ids = [i for i in [self.bos_id] if i is not None]  # a text begins so
+        self.eos_token_ids = tuple(i for i in [self.eos_id] if i is not None)
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        config = _hf_config(list(self.special_tokens), self.roles)
+        self.files = {"tokenizer_config.json": config, "tokenizer.json": content}
+
+    def __reduce__(self):  # worker processes get the file's text
+        return BPETokenizer, (self.files["tokenizer.json"], "tokenizer.json", self.roles)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int = 40_960,
+              special_tokens: Iterable[str] = SPECIAL_TOKENS, pattern: str = "cl100k",
+              roles: Mapping[str, str] | None = None, progress=None) -> "BPETokenizer":
+        "Learn a vocabulary; see `train_vocabulary`."
+        roles = _check_roles(roles, specials := tuple(special_tokens))
+        made = train_vocabulary(texts, vocab_size, specials, pattern, progress)
+        return cls(made, roles=roles)
+
+    @classmethod
+    def from_vocab(cls, vocab: Mapping[int, bytes], merges: Sequence[tuple[bytes, bytes]],
+                   special_tokens: Iterable[str] = (), pattern: str = "cl100k",
+                   roles: Mapping[str, str] | None = None) -> "BPETokenizer":
+        "Use a vocabulary made elsewhere; see `assemble_vocabulary`."
+        return cls(assemble_vocabulary(vocab, merges, special_tokens, pattern), roles=roles)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "BPETokenizer":
+        "Open what `save` wrote. FileNotFoundError or ValueError says what is wrong."
+        return cls(*_read_folder(Path(folder)))
+
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        "The merges, in the order they were learned."
+        return self._vocabulary.merges()
+
+    @cached_property
+    def token_bytes(self) -> dict[int, bytes]:
+        "The bytes of every token, by id."
+        return self._vocabulary.token_bytes()
+
+    @cached_property
+    def decoder(self) -> ByteDecoder:
+        return ByteDecoder(self.token_bytes)
+
+    def encoder(self, allowed_special: bool) -> tuple[Tokenizer, re.Pattern | None]:
+        return self._vocabulary.encoder(allowed_special)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..data.chat import PretrainedTokenizer
@@ -37,10 +38,10 @@ def _pattern_name(spec: dict) -> str | None:
     return names.get(pattern_of(spec))
 
 
-def _takes_whole_pieces(tokenizer: PretrainedTokenizer, spec: dict) -> bool | None:
+def _takes_whole_pieces(spec: dict) -> bool | None:
     "Whether whole pieces are looked up before merging; None if that makes no difference."
-    model = tokenizer._rust.model
-    model.ignore_merges = False
+    merging = spec | {"model": spec["model"] | {"ignore_merges": False}}
+    model = Tokenizer.from_str(json.dumps(merging)).model
     special = {token["content"] for token in spec["added_tokens"]}
     plain = (token for token in spec["model"]["vocab"] if token not in special)
     same = all([t.value for t in model.tokenize(token)] == [token] for token in plain)
@@ -49,14 +50,14 @@ def _takes_whole_pieces(tokenizer: PretrainedTokenizer, spec: dict) -> bool | No
 
 def pre_tokenizer_name(tokenizer: PretrainedTokenizer) -> str:
     "What llama.cpp calls a tokenizer's pattern. `ValueError` if it has no name for it."
-    spec = json.loads(tokenizer._rust.to_str())
+    spec = tokenizer._vocabulary.spec
     model, normalizer = spec["model"], spec.get("normalizer") or {"type": "NFC"}
     pattern = _pattern_name(spec)
     if model["type"] != "BPE" or pattern is None or normalizer["type"] != "NFC":
         raise ValueError(
             "llama.cpp has no name for this tokenizer's pattern; it needs byte-level BPE with "
             f"a pattern out of {', '.join(PATTERNS)}")
-    name, whole = _PRE_TOKENIZERS[pattern], _takes_whole_pieces(tokenizer, spec)
+    name, whole = _PRE_TOKENIZERS[pattern], _takes_whole_pieces(spec)
     if whole is False and name == "llama-bpe":
         return "dbrx"
     if whole and name != "llama-bpe":
@@ -82,7 +83,7 @@ def _vocabulary(spec: dict, size: int) -> tuple[list[str], list[int]]:
 def _add_tokenizer(writer, tokenizer: PretrainedTokenizer, size: int) -> None:
     "The tokenizer, its special ids and the chat template."
     name = pre_tokenizer_name(tokenizer)
-    spec = json.loads(tokenizer._rust.to_str())
+    spec = tokenizer._vocabulary.spec
     if tokenizer.vocab_size > size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {size}; "
                          "give the tokenizer that it was trained with")
@@ -142,7 +143,7 @@ def _add_rope(writer, config: dict, d_head: int) -> None:
             raise ValueError(f"rope scaling yarn with {min(odd)}: llama.cpp has its own values")
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
-
+# %% ../../nbs/library/gguf.ipynb #c21b8e7d
 def _add_llama(writer, config: dict) -> None:
     "Settings of the Llama-like architectures."
     heads = config["num_attention_heads"]
@@ -208,7 +209,7 @@ _ARCHITECTURES: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
     "arcee": (_add_llama, _llama_tensor, ()),
 }
 
-
+# %% ../../nbs/library/gguf.ipynb #7cfe00e1
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     "Every tensor of a Hugging Face folder, one at a time."
     files = sorted(folder.glob("*.safetensors"))
@@ -288,7 +289,7 @@ def convert_to_gguf(
         part.unlink(missing_ok=True)
     return path
 
-
+# %% ../../nbs/library/gguf.ipynb #26d4002e
 def save_gguf(
     model,  # a CausalLM
     tokenizer: BPETokenizer | PretrainedTokenizer,
