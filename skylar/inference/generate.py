@@ -245,8 +245,7 @@ def _prompt_ids(tokenizer: BPETokenizer | PretrainedTokenizer, prompt: str | Seq
         raise ValueError("empty prompt: give at least one character")
     if not isinstance(prompt, str):
         return list(prompt)
-    begin = getattr(tokenizer, "prefix_ids", None)
-    return [*([tokenizer.bos_id] if begin is None else begin), *tokenizer.encode(prompt)]
+    return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)]
 
 
 def stream(
@@ -268,7 +267,7 @@ def stream(
     check_sampling(temperature, top_k, top_p, repetition_penalty)
     if isinstance(stop, str) or "" in stop:
         raise ValueError(f"stop={stop!r}: give a list of non-empty strings")
-    eos = set(_eos_ids(_own_eos(tokenizer) if eos_token_id is None else eos_token_id))
+    eos = set(_eos_ids(tokenizer.eos_token_ids if eos_token_id is None else eos_token_id))
     prompt_ids = torch.tensor([_prompt_ids(tokenizer, prompt)])
     _check_prompt(model, prompt_ids, max_new_tokens, context)
     ids, _ = _extend(prompt_ids.to(model.lm_head.weight.device), max_new_tokens, None)
@@ -276,9 +275,5 @@ def stream(
         model, ids, prompt_ids.shape[1], None, temperature, top_k, top_p,
         repetition_penalty, generator, fuse=fuse, context=context)
     new = itertools.takewhile(lambda i: i not in eos, map(int, tokens))
-    return filter(None, stop_stream(tokenizer.decode_iterable(new), stop))
-
-
-def _own_eos(tokenizer: BPETokenizer | PretrainedTokenizer) -> int | Sequence[int] | None:
-    ids = getattr(tokenizer, "eos_token_ids", getattr(tokenizer, "end_ids", None))
-    return tokenizer.eos_id if ids is None else ids
+    pieces = tokenizer.decode_iterable(new, context=prompt_ids[0].tolist())
+    return filter(None, stop_stream(pieces, stop))
