@@ -36,7 +36,7 @@ def loader_rate(loader: PackedLoader, batches: int = 200) -> float:
 
 
 def training_step(vocab_size: int):
-    """One bf16 optimiser step of the `test` preset, as a function of a batch."""
+    """One bf16 optimizer step of the `test` preset, as a function of a batch."""
     torch.manual_seed(0)
     model = CausalLM(get_config("test", vocab_size=vocab_size))
     objective = NextTokenObjective(model)
