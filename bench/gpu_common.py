@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from common import show, write
-from torch import Tensor, nn
+from torch import Tensor
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
