@@ -26,7 +26,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
 
-from nbdev_commands import misplaced, notebooks, own_module  # noqa: E402
+from nbdev_commands import appended_modules, misplaced, notebooks, own_module  # noqa: E402
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MAX_CELL_LINES = 60
