@@ -35,11 +35,11 @@ from transformers.utils import logging
 from skylar.data.model_files import MODELS, fetch_model
 from skylar.data.sources import documents
 from skylar.inference.cpu_fused import (
-    PREPACK_MIN_MULTIPLIES,
     cached_fused,
     can_prepack,
     fused_nbytes,
     prepacked_linear,
+    prepacking_pays,
     release_fused,
     transposed_linear,
 )
@@ -269,7 +269,7 @@ HEADS = ((4, 2, 64), (9, 3, 64), (8, 8, 64))  # H, K, Dh
 
 
 def kernels(rounds: int) -> list[dict]:
-    """What `fused_linear` and the sessions choose against the alternatives, by CPU time."""
+    """What `fused_linear` and the sessions choose against the alternatives."""
     rows = []
     for dtype, n, shape in itertools.product(DTYPES.values(), (1, 2, 4, 8), SHAPES):
         if dtype == torch.float32 or can_prepack(dtype):
@@ -287,8 +287,8 @@ def product(dtype: torch.dtype, n: int, shape: tuple[int, int], rounds: int) -> 
             "prepacked": [partial(prepacked_linear(w, None, n), x) for w in weights]}
     if dtype == torch.float32:
         ways["transposed"] = [partial(transposed_linear(w, None), x) for w in weights]
-    small = n == 1 or n * shape[0] * shape[1] <= PREPACK_MIN_MULTIPLIES
-    chosen = "transposed" if dtype == torch.float32 and small else "prepacked"
+    pays = prepacking_pays(shape[0] * shape[1], n, torch.get_num_threads())
+    chosen = "prepacked" if pays or dtype == torch.bfloat16 else "transposed"
     return {"what": "product", "dtype": str(dtype)[6:], "rows": n, "shape": list(shape),
             **contest(ways, chosen, rounds)}
 
@@ -310,11 +310,16 @@ def cached_attention(H: int, K: int, Dh: int, B: int, S: int, rounds: int) -> di
 
 
 def contest(ways: dict[str, list], chosen: str, rounds: int) -> dict:
-    """Median microseconds of the chosen way and of the best other, taking turns."""
+    """Median microseconds of the chosen way and of the best other, taking turns.
+
+    With several threads by the wall clock, which needs a quiet machine.
+    """
+    clock = 1 if torch.get_num_threads() == 1 else 0
     took = {name: [] for name in ways}
     with torch.inference_mode():
         for _, (name, calls) in itertools.product(range(rounds + 1), ways.items()):
-            took[name].append(seconds(lambda: [f() for f in calls])[1] / len(calls))  # noqa: B023
+            spent = seconds(lambda: [f() for f in calls])[clock]  # noqa: B023
+            took[name].append(spent / len(calls))
     us = {name: round(1e6 * statistics.median(t[1:]), 1) for name, t in took.items()}
     rival = min((name for name in us if name != chosen), key=us.get)
     return {"chosen": chosen, "chosen_us": us[chosen], "rival": rival, "rival_us": us[rival]}

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from skylar.inference import cpu_fused
 from skylar.inference.cpu_fused import (
     FUSE_MIN_TOKENS,
-    PREPACK_MIN_MULTIPLIES,
+    PREPACK_MIN_NUMEL,
     apply_rope_fused,
     cached_fused,
     can_fuse,
@@ -156,8 +156,11 @@ def test_which_order_is_chosen(monkeypatch):
     def chosen(dtype, shape, rows):
         return fused_linear([torch.empty(shape, dtype=dtype)], [None], rows)
 
-    large = (PREPACK_MIN_MULTIPLIES // 256, 512)
+    large = (PREPACK_MIN_NUMEL // 512, 512)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert [chosen(fp32, large, rows) for rows in (1, 2, 8)] == ["transposed"] + ["prepacked"] * 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # one row is shared by oneDNN only
+    assert [chosen(fp32, large, rows) for rows in (1, 2, 8)] == ["prepacked"] * 3
     assert [chosen(fp32, (64, 64), rows) for rows in (1, 8)] == ["transposed"] * 2
     assert [chosen(bf16, (64, 64), rows) for rows in (1, 8)] == ["prepacked"] * 2
     monkeypatch.setattr(cpu_fused, "can_prepack", lambda dtype: False)

@@ -20,11 +20,11 @@ from ..layers.norm import RMSNorm
 from ..models.decoder import CausalLM, Decoder
 
 # %% auto #0
-__all__ = ['PREPACK_MIN_MULTIPLIES', 'ACTIVATIONS', 'FUSE_MAX_BYTES', 'FUSE_MIN_TOKENS', 'transposed_linear', 'prepacked_linear',
-           'can_prepack', 'fused_linear', 'fused_rms_norm', 'to_pairs', 'apply_rope_fused', 'FusedFFN',
-           'FusedAttention', 'FusedBlock', 'FusedDecoder', 'HeadBuffer', 'LayerKV', 'attend_single', 'attend_several',
-           'visible_keys', 'FusedSession', 'why_not_fused', 'can_fuse', 'fuse_for_cpu', 'cached_fused', 'fused_nbytes',
-           'release_fused', 'fusing_pays']
+__all__ = ['PREPACK_MIN_MULTIPLIES', 'PREPACK_MIN_NUMEL', 'ACTIVATIONS', 'FUSE_MAX_BYTES', 'FUSE_MIN_TOKENS', 'transposed_linear',
+           'prepacked_linear', 'can_prepack', 'prepacking_pays', 'fused_linear', 'fused_rms_norm', 'to_pairs',
+           'apply_rope_fused', 'FusedFFN', 'FusedAttention', 'FusedBlock', 'FusedDecoder', 'HeadBuffer', 'LayerKV',
+           'attend_single', 'attend_several', 'visible_keys', 'FusedSession', 'why_not_fused', 'can_fuse',
+           'fuse_for_cpu', 'cached_fused', 'fused_nbytes', 'release_fused', 'fusing_pays']
 
 # %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #0ff4906f
 def transposed_linear(
@@ -58,8 +58,15 @@ def can_prepack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# a call of oneDNN's costs some 8 microseconds more than a plain product
-PREPACK_MIN_MULTIPLIES = 2**18
+PREPACK_MIN_MULTIPLIES = 2**18  # a call of oneDNN's costs 8 microseconds more than a plain one
+PREPACK_MIN_NUMEL = 2**19  # weights; for one row, where several threads share the reading
+
+
+def prepacking_pays(numel: int, rows: int, threads: int) -> bool:
+    "For float32; in bfloat16 it always does. PyTorch's product of one row uses one thread."
+    if rows == 1:
+        return threads > 1 and numel >= PREPACK_MIN_NUMEL
+    return rows * numel > PREPACK_MIN_MULTIPLIES
 
 
 def fused_linear(
@@ -72,14 +79,10 @@ def fused_linear(
     weight = torch.cat([weight.detach() for weight in weights])  # (out, in)
     bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
     weight = weight if gain is None else weight * gain
-    if weight.dtype == torch.bfloat16 or (
-            _is_large(weight, rows) and can_prepack(weight.dtype)):
+    pays = prepacking_pays(weight.numel(), rows, torch.get_num_threads())
+    if weight.dtype == torch.bfloat16 or (pays and can_prepack(weight.dtype)):
         return prepacked_linear(weight, bias, rows)
     return transposed_linear(weight, bias)
-
-
-def _is_large(weight: Tensor, rows: int) -> bool:
-    return rows > 1 and rows * weight.numel() > PREPACK_MIN_MULTIPLIES
 
 
 def _fuse(linears: Sequence[nn.Linear], rows: int, gain: Tensor | None = None) -> Callable:
