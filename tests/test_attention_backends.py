@@ -30,8 +30,8 @@ from skylar.layers.attention_backends import (
 )
 from skylar.layers.block import BlockConfig
 from skylar.layers.cache import KVCache
-from skylar.layers.mlp import SwiGLUConfig
 from skylar.layers.gqa import GQAConfig
+from skylar.layers.mlp import SwiGLUConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.layers.sliding_window import EMPTY_SLOT, SlidingWindow
 from skylar.models.decoder import CausalLM, DecoderConfig

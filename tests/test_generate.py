@@ -1,5 +1,7 @@
 """Text from a model: the cached loop against an uncached one and transformers' generate."""
 
+import warnings
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,8 +10,10 @@ import skylar.inference.generate as decoding
 from skylar.data.chat import with_chat
 from skylar.data.tokenizer import BPETokenizer
 from skylar.inference.generate import generate, sample_tokens, stream
-from skylar.models.decoder import CausalLM, gpt2
-from skylar.models.presets import qwen3
+from skylar.models.decoder import CausalLM
+from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.qwen3 import Qwen3Config
+from skylar.models.presets import get_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +23,7 @@ V = 50
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24))
+    model = CausalLM(GPT2Config(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24))
     with torch.no_grad():  # far from uniform, as a trained model is
         for p in model.parameters():
             if p.ndim >= 2:
@@ -81,7 +85,7 @@ def test_a_finished_row_is_filled_with_eos_while_others_go_on(model, reference):
     eos = int(free[0, 8])
     theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15,
                                 do_sample=False, eos_token_id=eos, pad_token_id=eos)
-    ours = generate(model, ids, 15, temperature=0, eos_id=eos)
+    ours = generate(model, ids, 15, temperature=0, eos_token_id=eos)
     assert torch.equal(ours, theirs)
     assert (ours[0, 8:] == eos).all()
 
@@ -89,7 +93,7 @@ def test_a_finished_row_is_filled_with_eos_while_others_go_on(model, reference):
 def test_stops_early_when_all_rows_are_done(model):
     ids = torch.tensor([[1, 2, 3]])
     first = int(generate(model, ids, 1, temperature=0)[0, -1])
-    assert generate(model, ids, 20, temperature=0, eos_id=first).shape == (1, 4)
+    assert generate(model, ids, 20, temperature=0, eos_token_id=first).shape == (1, 4)
 
 
 def test_seeded_generator_repeats_the_text_and_leaves_the_global_one_alone(model):
@@ -100,6 +104,7 @@ def test_seeded_generator_repeats_the_text_and_leaves_the_global_one_alone(model
     assert torch.equal(one, two) and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore:the text is longer")
 def test_a_prompt_that_is_too_long_keeps_its_newest_tokens(model):
     long = torch.randint(V, (1, 40), generator=torch.Generator().manual_seed(6))
     ours = generate(model, long, 3, temperature=0)
@@ -109,7 +114,7 @@ def test_a_prompt_that_is_too_long_keeps_its_newest_tokens(model):
 
 def test_mode_is_put_back_and_dropout_is_off():
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24,
+    model = CausalLM(GPT2Config(vocab_size=V, d_model=32, n_heads=4, n_layers=2, max_seq_len=24,
                           dropout=0.5)).train()
     ids = torch.tensor([[1, 2, 3]])
     one, two = (generate(model, ids, 9, temperature=0) for _ in range(2))
@@ -119,7 +124,8 @@ def test_mode_is_put_back_and_dropout_is_off():
 
 @pytest.mark.parametrize("bad", [dict(temperature=-0.1), dict(temperature=float("nan")),
                                  dict(top_p=0.0), dict(top_p=1.1), dict(top_k=0),
-                                 dict(repetition_penalty=0.0), dict(max_new_tokens=-1)])
+                                 dict(repetition_penalty=0.0), dict(max_new_tokens=-1),
+                                 dict(max_new_tokens=1.5)])
 def test_impossible_settings_are_named(model, bad):
     (name, value), = bad.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
@@ -144,7 +150,7 @@ def either(request, model):
     if request.param == "gpt2":
         return model
     torch.manual_seed(0)
-    other = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+    other = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
                            n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3))
     return other
 
@@ -154,7 +160,7 @@ def prompts(n, length, seed=2):
 
 
 def uncached(model, ids, n, longest=24):
-    """The oracle: read everything again for each token."""
+    """The reference: read everything again for each token."""
     for _ in range(n):
         with torch.no_grad():
             token = model.eval()(ids[:, -longest:])[:, -1].argmax(-1)
@@ -162,11 +168,14 @@ def uncached(model, ids, n, longest=24):
     return ids
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_equals_the_uncached_loop(either, cache):
-    ids = prompts(3, 5)
-    assert torch.equal(generate(either, ids, 19, temperature=0, cache=cache),
-                       uncached(either, ids, 19))
+WAYS = [dict(fuse=True), dict(fuse=False), dict(cache=False)]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_the_uncached_loop(either, way, batch):
+    ids = prompts(batch, 5)
+    assert torch.equal(generate(either, ids, 19, temperature=0, **way), uncached(either, ids, 19))
 
 
 def test_every_distribution_equals_the_uncached_one(either):
@@ -180,7 +189,8 @@ def test_every_distribution_equals_the_uncached_one(either):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "next_logits", spy)
-        for _ in sample_tokens(either, ids, 5, generator=torch.Generator().manual_seed(0)):
+        for _ in sample_tokens(either, ids, 5, generator=torch.Generator().manual_seed(0),
+                               fuse=False):
             pass
     with torch.no_grad():
         whole = either.eval()(ids[:, :-1])[:, 4:]
@@ -189,27 +199,40 @@ def test_every_distribution_equals_the_uncached_one(either):
 
 def test_cache_changes_no_sampled_text(either):
     one, two = (generate(either, prompts(3, 5), 15, 0.8, top_p=0.9, repetition_penalty=1.2,
-                         generator=torch.Generator().manual_seed(1), cache=c)
-                for c in (True, False))
+                         generator=torch.Generator().manual_seed(1), **way)
+                for way in WAYS[1:])
     assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("fuse", [None, False])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_bf16_equals_the_uncached_loop_and_puts_the_kernels_back(batch):
+def test_bf16_picks_are_within_rounding_of_the_uncached_best(batch, fuse):
     torch.manual_seed(0)
-    model = CausalLM(qwen3(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+    model = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
                            n_layers=2, d_ff=48, max_seq_len=24, init_std=0.3)).bfloat16()
-    before = torch._C._get_mkldnn_enabled()
     ids = prompts(batch, 5)
-    out = generate(model, ids, 12, temperature=0)
-    with torch.no_grad():  # each pick is within rounding of the uncached best
+    out = generate(model, ids, 18, temperature=0, fuse=fuse)
+    with torch.no_grad():
         scores = model(out[:, :-1])[:, 4:].float()
     chosen = scores.gather(-1, out[:, 5:, None])[..., 0]
     assert (scores.amax(-1) - chosen).max() < 0.05 * scores.abs().max()
-    assert torch._C._get_mkldnn_enabled() == before
-    with pytest.raises(ValueError):
-        generate(model, torch.tensor([[V + 5]]), 2)
-    assert torch._C._get_mkldnn_enabled() == before
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_no_processor_flag_is_touched(monkeypatch, fuse, dtype, batch):
+    """Flags of oneDNN hold for the whole process: another thread would compute differently."""
+    monkeypatch.setattr(torch.backends.mkldnn, "set_flags", lambda *_: pytest.fail("set"))
+    model = CausalLM(Qwen3Config(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16,
+                           n_layers=2, d_ff=48, max_seq_len=24)).to(dtype)
+    generate(model, prompts(batch, 5), 6, fuse=fuse)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_an_unknown_id_is_named(either, fuse):
+    with pytest.raises(ValueError, match=f"token id {V + 5} is outside the vocabulary of {V}"):
+        generate(either, torch.tensor([[1, V + 5]]), 2, fuse=fuse)
 
 
 LENGTHS = (7, 3, 1, 5)
@@ -222,16 +245,36 @@ def padded(length=7, fill=0):
     return torch.where(mask == 1, rows, fill), mask
 
 
-@pytest.mark.parametrize("cache", [True, False])
+@pytest.fixture(scope="module", params=["gpt2", "qwen3", "window", "window and sinks"])
+def kind(request, either_kind):
+    return either_kind(request.param)
+
+
+@pytest.fixture(scope="module")
+def either_kind(model):
+    def make(name):
+        if name == "gpt2":
+            return model
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=V, d_model=32, n_heads=4, n_kv_heads=2, d_head=16, n_layers=2,
+                     d_ff=48, max_seq_len=24, init_std=0.3)
+        if name == "qwen3":
+            return CausalLM(Qwen3Config(**sizes))
+        sinks = 2 if "sinks" in name else 0
+        return CausalLM(get_config("test", "skylar", **sizes, window=4, num_sink_tokens=sinks))
+
+    return make
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_left_padded_rows_say_what_they_say_alone(either, cache, penalty):
+def test_left_padded_sequences_continue_as_they_do_alone(kind, way, penalty):
     ids, mask = padded()
-    out = generate(either, ids, 12, temperature=0, repetition_penalty=penalty,
-                   attention_mask=mask, cache=cache)
+    settings = dict(temperature=0, repetition_penalty=penalty, **way)
+    out = generate(kind, ids, 12, attention_mask=mask, **settings)
     assert torch.equal(out[:, :7], ids)
     for row, n in enumerate(LENGTHS):
-        alone = generate(either, ids[row:row + 1, -n:], 12, temperature=0,
-                         repetition_penalty=penalty)
+        alone = generate(kind, ids[row:row + 1, -n:], 12, **settings)
         assert torch.equal(out[row, -12:], alone[0, -12:])
 
 
@@ -247,6 +290,7 @@ def test_left_padded_batch_equals_transformers(model, reference):
     assert torch.equal(generate(model, ids, 12, temperature=0, attention_mask=mask), theirs)
 
 
+@pytest.mark.filterwarnings("ignore:the text is longer")
 def test_padding_beyond_the_context(either):
     """Past max_seq_len the padding is what is forgotten first."""
     ids, mask = padded(length=20)
@@ -270,7 +314,7 @@ def test_any_of_several_ends_stops_a_row(model, reference):
     ends = [int(free[0, 8]), int(free[1, 10])]
     theirs = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15,
                                 do_sample=False, eos_token_id=ends, pad_token_id=ends[0])
-    assert torch.equal(generate(model, ids, 15, temperature=0, eos_id=ends), theirs)
+    assert torch.equal(generate(model, ids, 15, temperature=0, eos_token_id=ends), theirs)
 
 
 # --- beyond the context ---
@@ -287,20 +331,51 @@ def halves(model, ids, n, longest=24):
     return ids
 
 
+@pytest.mark.filterwarnings("ignore:the text is longer")
+@pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("length", [1, 20, 24, 25, 40])
-def test_beyond_the_context_half_of_it_is_kept(either, length):
+def test_beyond_the_context_half_of_it_is_kept(either, length, fuse):
     ids = prompts(2, length)
-    assert torch.equal(generate(either, ids, 60, temperature=0), halves(either, ids, 60))
+    assert torch.equal(generate(either, ids, 60, temperature=0, fuse=fuse),
+                       halves(either, ids, 60))
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("length, new, warns", [(5, 19, False), (5, 20, False), (5, 21, True),
+                                                (24, 1, False), (25, 1, True)])
+def test_what_is_forgotten_is_said_once(either, length, new, warns, fuse):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(either, prompts(1, length), new, temperature=0, fuse=fuse)
+        generate(either, prompts(1, length), new + 30 * warns, temperature=0, fuse=fuse)
+    said = [w for w in caught if "model's context of 24 tokens" in str(w.message)]
+    assert len(said) == 2 * warns
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stop_at_the_end_of_the_context(either, way):
+    ids = prompts(2, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = generate(either, ids, 60, temperature=0, context="stop", **way)
+    assert out.shape == (2, 25)  # 24 are read; the last is only written
+    assert torch.equal(out, uncached(either, ids, 20))
+    with pytest.raises(ValueError, match="prompt of 25 tokens is longer than the context of 24"):
+        generate(either, prompts(1, 25), 1, context="stop")
+    with pytest.raises(ValueError, match="context"):
+        generate(either, ids, 1, context="forget")
+
+
+@pytest.mark.filterwarnings("ignore:the text is longer")
 def test_beyond_the_context_without_a_cache_the_window_slides(either):
     ids = prompts(2, 20)
     assert torch.equal(generate(either, ids, 30, temperature=0, cache=False),
                        uncached(either, ids, 30))
 
 
+@pytest.mark.filterwarnings("ignore:the text is longer")
 def test_a_context_of_one_token():
-    one = CausalLM(gpt2(vocab_size=V, d_model=8, n_heads=1, n_layers=1, max_seq_len=1))
+    one = CausalLM(GPT2Config(vocab_size=V, d_model=8, n_heads=1, n_layers=1, max_seq_len=1))
     assert generate(one, torch.tensor([[3]]), 5, temperature=0).shape == (1, 6)
 
 
@@ -317,7 +392,7 @@ def tokenizer():
 @pytest.fixture
 def says(tokenizer, monkeypatch):
     """Make every model say `text` after `prompt`, then <eos>."""
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
                           max_seq_len=600))
 
     def script(text, prompt="to be"):
@@ -327,7 +402,6 @@ def says(tokenizer, monkeypatch):
 
         def next_logits(model, ids, mask=None, cache=None):
             read.extend(ids[0].tolist())
-            cache[0].length += ids.shape[1]  # as if it had been read
             assert read == told[:len(read)]
             return 50.0 * F.one_hot(torch.tensor([told[len(read)]]), tokenizer.vocab_size)
 
@@ -339,45 +413,47 @@ def says(tokenizer, monkeypatch):
 
 def test_stream_ends_at_eos(tokenizer, says):
     model = says(TEXT)
-    assert "".join(stream(model, tokenizer, "to be", 500)) == TEXT
+    assert "".join(stream(model, tokenizer, "to be", 500, fuse=False)) == TEXT
 
 
 def test_characters_over_several_tokens_arrive_whole(tokenizer, says):
     assert len(tokenizer.encode(TEXT)) > len(TEXT)  # single bytes
-    pieces = list(stream(says(TEXT), tokenizer, "to be", 500))
+    pieces = list(stream(says(TEXT), tokenizer, "to be", 500, fuse=False))
     assert "🙂" in pieces and "中" in pieces and pieces.count("\ufffd") == 1
 
 
 def test_stream_ends_at_a_stop_string(tokenizer, says):
     model = says(TEXT)
-    assert "".join(stream(model, tokenizer, "to be", 500, stop=["中文"])) == TEXT.split("中文")[0]
+    text = "".join(stream(model, tokenizer, "to be", 500, stop=["中文"], fuse=False))
+    assert text == TEXT.split("中文")[0]
 
 
 def test_stream_ends_at_max_new_tokens(tokenizer, says):
     model = says("to be or not")
-    assert "".join(stream(model, tokenizer, "to be", 1)) == tokenizer.decode(
+    assert "".join(stream(model, tokenizer, "to be", 1, fuse=False)) == tokenizer.decode(
         tokenizer.encode("to be or not")[:1])
 
 
+@pytest.mark.filterwarnings("ignore:the text is longer")
 def test_stream_goes_beyond_the_context(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=16))
-    pieces = list(stream(model, tokenizer, "to be", 60, eos_id=[]))
+    pieces = list(stream(model, tokenizer, "to be", 60, eos_token_id=[]))
     assert "".join(pieces)
 
 
 def test_stream_of_ids_and_with_another_end(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=64))
     ids = [tokenizer.bos_id, *tokenizer.encode("to be")]
-    greedy = dict(temperature=0, eos_id=[])
+    greedy = dict(temperature=0, eos_token_id=[])
     text = "".join(stream(model, tokenizer, ids, 20, **greedy))
     assert text == "".join(stream(model, tokenizer, "to be", 20, **greedy))
     assert text == "".join(stream(model, with_chat(tokenizer), "to be", 20, **greedy))
     new = generate(model, torch.tensor([ids]), 20, temperature=0)[0, len(ids):].tolist()
-    ended = "".join(stream(model, tokenizer, ids, 20, temperature=0, eos_id=new[4]))
+    ended = "".join(stream(model, tokenizer, ids, 20, temperature=0, eos_token_id=new[4]))
     assert ended == tokenizer.decode(new[:new.index(new[4])])
 
 
@@ -386,21 +462,21 @@ def test_stream_of_a_chat_ends_with_the_answer(tokenizer, monkeypatch):
     ids = chatty.chat([{"role": "user", "content": "to be?"}])
     answer = [*tokenizer.encode("or not"), *tokenizer.encode("<|im_end|>\n", True)]
     said = iter(answer)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=8, n_heads=1, n_layers=1,
                           max_seq_len=99))
     monkeypatch.setattr(decoding, "next_logits", lambda *_: 50.0 * F.one_hot(
         torch.tensor([next(said)]), tokenizer.vocab_size))
-    assert "".join(stream(model, chatty, ids, 50, temperature=0)) == "or not"
+    assert "".join(stream(model, chatty, ids, 50, temperature=0, fuse=False)) == "or not"
 
 
 def test_stream_equals_generate(tokenizer):
     torch.manual_seed(0)
-    model = CausalLM(gpt2(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
+    model = CausalLM(GPT2Config(vocab_size=tokenizer.vocab_size, d_model=32, n_heads=4, n_layers=2,
                           max_seq_len=64))
     text = "".join(stream(model, tokenizer, "to be", 20, top_k=30,
                           generator=torch.Generator().manual_seed(7)))
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("to be")]])
-    out = generate(model, ids, 20, top_k=30, eos_id=tokenizer.eos_id,
+    out = generate(model, ids, 20, top_k=30, eos_token_id=tokenizer.eos_id,
                    generator=torch.Generator().manual_seed(7))
     new = out[0, ids.shape[1]:].tolist()
     if tokenizer.eos_id in new:
@@ -412,6 +488,6 @@ def test_stream_equals_generate(tokenizer):
                                           (dict(stop="x"), "stop='x'"),
                                           (dict(stop=[""]), "stop="),
                                           (dict(top_k=0), "top_k=0")])
-def test_stream_refuses_at_the_call(tokenizer, bad, message):
+def test_stream_refuses_at_the_call(model, tokenizer, bad, message):
     with pytest.raises(ValueError, match=message):
-        stream(None, tokenizer, **{"prompt": "a", "max_new_tokens": 3, **bad})
+        stream(model, tokenizer, **{"prompt": "a", "max_new_tokens": 3, **bad})

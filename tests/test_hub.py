@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from skylar.data.chat import CHATML
 from skylar.data.tokenizer import BPETokenizer
 from skylar.layers.rope import RotaryEmbedding
-from skylar.models.decoder import CausalLM, DecoderConfig
+from skylar.models.decoder import CausalLM
 from skylar.models.families.gpt2 import GPT2Config
 from skylar.models.families.llama3 import Llama3Config
 from skylar.models.families.qwen3 import Qwen3Config
@@ -207,8 +207,8 @@ def test_dtypes(tmp_path, dtype):
     rotary = [m for m in back.modules() if isinstance(m, RotaryEmbedding)]
     expected = [m for m in model(built.config).modules() if isinstance(m, RotaryEmbedding)]
     for a, b in zip(rotary, expected):
-        assert a.frequencies.dtype == torch.float32
-        assert torch.equal(a.frequencies, b.frequencies), "computed, not left empty by meta"
+        assert a.inv_freq.dtype == torch.float32
+        assert torch.equal(a.inv_freq, b.inv_freq), "computed, not left empty by meta"
 
 
 def test_config_says_the_dtype_under_its_old_name(tmp_path):

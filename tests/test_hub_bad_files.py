@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from skylar.models import hub
 from skylar.data.tokenizer import BPETokenizer
+from skylar.models import hub
 from skylar.models.decoder import CausalLM
 from skylar.models.families.gpt2 import GPT2Config
 from skylar.models.families.llama3 import Llama3Config

@@ -10,7 +10,7 @@ import torch
 
 from skylar.data.sources import cache_dir
 from skylar.data.tokenizer import BPETokenizer
-from skylar.layers.rope import deinterleave
+from skylar.layers.rope import from_interleaved
 from skylar.models.decoder import CausalLM
 from skylar.models.families.gpt2 import GPT2Config
 from skylar.models.hub import eos_token_ids, from_pretrained, load_tokenizer, save_pretrained
@@ -283,4 +283,4 @@ def test_smollm2_the_rows_that_llama_cpp_permuted(smollm2):
         packed = tensors[f"blk.7.attn_{letter}.weight"]
         rows = torch.tensor(gguf.quants.dequantize(packed.data, packed.tensor_type))
         ours = getattr(smollm2.model.layers[7].self_attn, f"{letter}_proj").weight
-        assert torch.equal(deinterleave(rows, n_heads), ours) and not torch.equal(rows, ours)
+        assert torch.equal(from_interleaved(rows, n_heads), ours) and not torch.equal(rows, ours)

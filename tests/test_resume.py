@@ -461,7 +461,8 @@ def test_a_parameter_without_gradient_resumes_exactly(tmp_path, late):
     assert again.train(resume=True)[-1]["step"] == 20
     for (name, p), q in zip(whole.model.named_parameters(), again.model.parameters()):
         assert torch.equal(p, q), name
-        one, two = whole.train_step.optimizer.state.get(p, {}), again.train_step.optimizer.state.get(q, {})
+        one = whole.train_step.optimizer.state.get(p, {})
+        two = again.train_step.optimizer.state.get(q, {})
         assert one.keys() == two.keys(), name
         assert all(torch.equal(v, two[k]) for k, v in one.items()), name
     assert not again.train_step.optimizer.state.get(again.model.idle.weight)
@@ -582,7 +583,8 @@ def test_seeded_damage_is_noticed_or_harmless(straight, tmp_path):
     """A byte of a file of the run is changed: one line, or exactly the same run."""
     chance = random.Random(0)
     expected = [p.detach().clone() for p in straight.model.parameters()]
-    files = sorted(p.relative_to(straight.checkpoints.folder.parent) for p in straight.checkpoints.folder.parent.rglob("*")
+    source = straight.checkpoints.folder.parent
+    files = sorted(p.relative_to(source) for p in source.rglob("*")
                    if p.is_file() and "step-000018" not in p.parts and p.suffix != ".jsonl")
     for trial in range(40):
         out = tmp_path / str(trial)

@@ -14,6 +14,7 @@ from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training import run as runs
+from skylar.training.metrics import read_metrics
 from skylar.training.optim import AdamWConfig
 from skylar.training.run import (
     LOCK,
@@ -31,7 +32,6 @@ from skylar.training.run import (
     save_run,
     train,
 )
-from skylar.training.trainer import read_metrics
 from skylar.utils.files import directory_lock
 
 
@@ -252,7 +252,8 @@ def test_every_way_to_name_a_run(finished):
 
 
 def test_what_the_python_api_leaves(home, config):
-    from skylar.training.adapters import NextTokenObjective, Trainer
+    from skylar.training.loss import NextTokenObjective
+    from skylar.training.trainer import Trainer
 
     tokenizer, datasets = runs.open_data(home / "data")
     model = CausalLM(get_config("test", vocab_size=tokenizer.vocab_size, **config.model))

@@ -4,14 +4,15 @@ import pytest
 import torch
 
 from skylar.inference.sampling import (
+    MIN_TEMPERATURE,
     adjust_logits,
+    apply_repetition_penalty,
     check_sampling,
-    inference,
-    keep_top_k,
-    keep_top_p,
-    penalise_repetition,
+    inference_mode,
     pick_token,
     stop_stream,
+    top_k_filter,
+    top_p_filter,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -32,19 +33,19 @@ def ids():
 @pytest.mark.parametrize("k", [1, 2, 10, V, V + 7])
 def test_top_k(logits, ids, k):
     theirs = transformers.TopKLogitsWarper(k)(ids, logits)
-    assert torch.equal(keep_top_k(logits, k), theirs)
+    assert torch.equal(top_k_filter(logits, k), theirs)
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999])
 def test_top_p(logits, ids, p):
     theirs = transformers.TopPLogitsWarper(p)(ids, logits)
-    assert torch.equal(keep_top_p(logits, p), theirs)
+    assert torch.equal(top_p_filter(logits, p), theirs)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.2, 5.0])
 def test_repetition_penalty(logits, ids, penalty):
     theirs = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
-    assert torch.equal(penalise_repetition(logits, ids, penalty), theirs)
+    assert torch.equal(apply_repetition_penalty(logits, ids, penalty), theirs)
 
 
 @pytest.mark.parametrize("t", [0.1, 0.7, 1.0, 3.0])
@@ -64,7 +65,7 @@ def test_all_of_them_in_transformers_order(logits, ids):
 
 def test_ties_with_the_kth_stay():
     tied = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
-    assert keep_top_k(tied, 1).isfinite().tolist() == [[False, True, True, False]]
+    assert top_k_filter(tied, 1).isfinite().tolist() == [[False, True, True, False]]
 
 
 def test_samples_follow_the_distribution():
@@ -85,8 +86,12 @@ def test_samples_follow_the_distribution():
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-0.1), dict(temperature=float("nan")),
-                                 dict(top_p=0.0), dict(top_p=1.1), dict(top_k=0),
-                                 dict(repetition_penalty=0.0)])
+                                 dict(temperature=float("inf")), dict(top_p=0.0),
+                                 dict(top_p=1.1), dict(top_p=float("nan")), dict(top_k=0),
+                                 dict(top_k=2.5), dict(top_k=True),
+                                 dict(repetition_penalty=0.0), dict(repetition_penalty=1e-40),
+                                 dict(repetition_penalty=float("inf")),
+                                 dict(repetition_penalty=float("nan"))])
 def test_impossible_settings_are_named(bad):
     (name, value), = bad.items()
     good = dict(temperature=1.0, top_k=None, top_p=None, repetition_penalty=1.0)
@@ -94,10 +99,24 @@ def test_impossible_settings_are_named(bad):
         check_sampling(**{**good, **bad})
 
 
+@pytest.mark.parametrize("temperature", [9e-7, 1e-30, 1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize("filters", [{}, dict(top_k=1), dict(top_p=0.5), dict(top_k=9, top_p=0.9)])
+def test_a_tiny_temperature_is_greedy(logits, ids, temperature, filters):
+    shaped = adjust_logits(1e4 * logits, ids, temperature, **filters)
+    assert torch.equal(pick_token(shaped, temperature), logits.argmax(-1))
+
+
+def test_the_smallest_temperature_that_divides_stays_finite(logits, ids):
+    shaped = adjust_logits(1e6 * logits, ids, MIN_TEMPERATURE, top_p=0.9, repetition_penalty=1e3)
+    picked = pick_token(shaped, MIN_TEMPERATURE, torch.Generator().manual_seed(0))
+    penalized = adjust_logits(1e6 * logits, ids, 0, repetition_penalty=1e3)
+    assert torch.equal(picked, penalized.argmax(-1))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_put_back_even_after_an_error(training):
     model = torch.nn.Sequential(torch.nn.Dropout(0.5)).train(training)
-    with pytest.raises(KeyError), inference(model):
+    with pytest.raises(KeyError), inference_mode(model):
         assert not model[0].training and not torch.is_grad_enabled()
         raise KeyError
     assert model[0].training is training and torch.is_grad_enabled()

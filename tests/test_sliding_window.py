@@ -124,12 +124,13 @@ def test_every_backend_reads_a_window_cache(backend):
     assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("documents", [False, True])
-def test_memory_stays_the_same_however_long_the_text(documents):
+def test_memory_stays_the_same_however_long_the_text(documents, sinks):
     """Counted in memory that is really held: a view of a long prompt would hold all of it."""
-    window = SlidingWindow(size=8, num_sink_tokens=4)
+    window = SlidingWindow(size=8, num_sink_tokens=sinks)
     model = small_model(window, window)
-    cache, expected = KVCache(model.config, 3), 2 * 2 * 3 * 2 * 4 * (8 - 1 + 4) * 4
+    cache, expected = KVCache(model.config, 3), 2 * 2 * 3 * 2 * 4 * (8 - 1 + sinks) * 4
     for n in [100, 1, 1, 250, 1, 40, 1, 300]:  # k and v, L, B, K, Dh, slots, bytes
         document_ids = torch.full((3, n), 5) if documents else None
         model(torch.zeros(3, n, dtype=torch.long), document_ids=document_ids, cache=cache)

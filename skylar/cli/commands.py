@@ -106,7 +106,7 @@ def data_verify(
     Example:
       skylar data verify data/plays
     """
-    from skylar.training.adapters import verify_data
+    from skylar.data.prepare import verify_data
 
     if not Path(data, "train").is_dir():
         raise FileNotFoundError(f"no data in {data}; make it with `skylar data tokenize`")
@@ -161,12 +161,11 @@ def presets(
 
 def preset_row(name: str) -> dict:
     "What a preset is and what it costs."
-    from skylar.models.decoder import count_parameters
-    from skylar.models.presets import get_config, weight_bytes
-    from skylar.training.adapters import cache_bytes, flat_config
+    from skylar.models.decoder import cache_bytes, count_parameters, weight_bytes
+    from skylar.models.presets import get_config
 
     config = get_config(name)
-    sizes = flat_config(config)
+    sizes = vars(config)
     return {
         "preset": name, "parameters": count_parameters(config),
         "D": sizes["d_model"], "H": sizes["n_heads"], "K": sizes["n_kv_heads"],

@@ -201,7 +201,9 @@ def _type_options(kind: Any, optional: bool) -> dict[str, Any]:
     if kind == list[str]:
         return {"type": texts, "action": "append", "metavar": "str"}
     if get_origin(kind) is tuple:
-        return {"type": kind, "metavar": f"[{','.join(k.__name__ for k in get_args(kind))}]"}
+        parts = ("..." if k is ... else k.__name__ for k in get_args(kind))
+        kind = kind | None if optional else kind
+        return {"type": kind, "metavar": f"[{','.join(parts)}]"}
     named = {} if get_origin(kind) is Literal else {"metavar": getattr(kind, "__name__", None)}
     return {"type": kind | None if optional else kind, **named}
 
@@ -225,7 +227,7 @@ class HelpFormatter(
 class UsageError(ValueError):
     "A command line that cannot be understood; the message is one line for the user."
 
-
+# %% ../../nbs/library/flags.ipynb #ff2c228d
 class Parser(jsonargparse.ArgumentParser):
     "jsonargparse whose complaint is one line, with the nearest flag there is."
 

@@ -225,18 +225,18 @@ class SequencePositions:
     "How many tokens of each sequence were read, and where the next ones go."
 
     def __init__(self, batch_size: int, capacity: int | None = None, device=None):
-        self.set_lengths(torch.zeros(batch_size, dtype=torch.long, device="cpu"), 0)
+        self.set_lengths(torch.zeros(batch_size, dtype=torch.long, device="cpu"))
         self.grows = capacity is None
         self.store = PositionStore(batch_size, capacity or INITIAL_CAPACITY, device)
 
-    def set_lengths(self, lengths: Tensor, max_length: int) -> None:
+    def set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths  # (B,)
-        self.max_length = max_length  # `lengths.max()`, without the call
+        self.max_length = int(lengths.max())
+        self.uniform = bool((lengths == self.max_length).all())
 
-    @property
-    def uniform(self) -> bool:
-        "All sequences have the same length."
-        return bool((self.lengths == self.max_length).all())
+    def advance(self, n_tokens: int) -> None:
+        self.lengths = self.lengths + n_tokens  # in place would change what a caller holds
+        self.max_length += n_tokens
 
     def begin(
         self,
@@ -264,8 +264,7 @@ class SequencePositions:
     def reorder(self, indices: Tensor) -> None:
         self.store.apply(lambda held: held[indices])
         self.store.batch_size = len(indices)
-        lengths = self.lengths[indices.cpu()]
-        self.set_lengths(lengths, int(lengths.max()))
+        self.set_lengths(self.lengths[indices.cpu()])
 
 # %% ../../nbs/01_gqa_rope/02_kv_cache.ipynb #cc084c10
 def _fill(store: PositionStore, at: Tensor, start: int, position_ids, document_ids):
@@ -375,13 +374,13 @@ class KVCache:
         "A forward pass over `n_tokens` new tokens has succeeded."
         for layer in self.layers:
             layer.commit()
-        self.positions.set_lengths(self.lengths + n_tokens, self.max_length + n_tokens)
+        self.positions.advance(n_tokens)
 
     def crop(self, length: int | Tensor) -> None:
         "Forget tokens from `length` on: of every sequence, or (B,) of each."
         lengths = check_lengths(length, self.lengths)
         self.layers = change_layers(self.layers, lambda c: c.crop(lengths, self.lengths))
-        self.positions.set_lengths(lengths, int(lengths.max()))
+        self.positions.set_lengths(lengths)
 
     def reset(self) -> None:
         "Forget everything; the memory is kept for the next text."

@@ -120,7 +120,7 @@ def save_pretrained(
     ids = _token_ids(tokenizer)
     config = config_to_hf(model.config, next(model.parameters()).dtype, **ids)
     if tokenizer is not None:  # <eos> ends a text; an answer ends with <|im_end|>
-        ids["eos_token_id"] = list(tokenizer.end_ids) or None
+        ids["eos_token_id"] = list(tokenizer.eos_token_ids) or None
     with atomic_directory(folder) as part:
         _write_json(part / "generation_config.json", ids)
         _write_json(part / "config.json", config)

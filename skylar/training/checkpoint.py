@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np

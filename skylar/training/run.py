@@ -23,19 +23,21 @@ import torch
 import yaml
 
 from ..data.chat import PretrainedTokenizer, with_chat
-from ..data.shards import PackedLoader, ShardDataset
+from ..data.loader import PackedLoader
+from ..data.prepare import bytes_per_token, open_data, prepare_data
+from ..data.shards import ShardDataset
 from ..data.tokenizer import BPETokenizer
 from ..models.decoder import CausalLM, count_parameters, flops_per_token
-from ..models.hub import from_pretrained, load_tokenizer
-from ..models.presets import get_config
-from .adapters import (
-    NextTokenObjective, TrainConfig, Trainer, bytes_per_token, checkpoint_bytes,
-    config_from_dict, config_to_dict, data_fingerprint, eos_token_ids, evaluate,
-    family_name, is_done, open_data, pick_device, prepare_data)
-from .checkpoint import find_checkpoint, load_metadata, load_weights
-from .checkpoint import seed_everything
+from ..models.hub import eos_token_ids, from_pretrained, load_tokenizer
+from ..models.presets import config_from_dict, config_to_dict, get_config
+from .checkpoint import checkpoint_bytes, find_checkpoint, load_metadata
+from .checkpoint import load_state, load_weights, seed_everything
+from .evaluate import evaluate
+from .loss import NextTokenObjective
 from .optim import AdamWConfig, ScheduleConfig
+from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
+from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
 
 # %% ../../nbs/library/runs.ipynb #c004
@@ -198,7 +200,7 @@ def is_half_made(out: Path) -> bool:
 
 LOCK = ".run.lock"  # held while a run trains
 
-
+# %% ../../nbs/library/runs.ipynb #8f8a16ec
 def check_out(config: RunConfig) -> RunConfig:
     """The config to train with: `train.steps` raised by `extend_to`.
 
@@ -312,7 +314,7 @@ def check_same_data(run: Run) -> None:
     if not has_checkpoint(run.out):
         return
     before = load_metadata(run.out).get("data_fingerprint")
-    if before != data_fingerprint(run.datasets["train"]):
+    if before != run.datasets["train"].fingerprint:
         raise ValueError(f"{run.config.data} does not hold the data that the run in {run.out} "
                          "began with; give --data that folder, or choose another --out")
 
@@ -348,7 +350,7 @@ def train(
         text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
         atomic_write(run.out / "config.yaml", text)
         rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
-    return RunResult(rows=rows, step=trainer.step, finished=trainer.done >= 1,
+    return RunResult(rows=rows, step=trainer.progress.step, finished=trainer.progress.done >= 1,
                      signal=trainer.interrupted)
 
 
@@ -374,7 +376,7 @@ def metadata_of(run: Run) -> dict:
     "The metadata of a run's checkpoints."
     return run_metadata(
         run.model, run.tokenizer, data=run.config.data, loader=asdict(run.config.loader),
-        data_fingerprint=data_fingerprint(run.datasets["train"]),
+        data_fingerprint=run.datasets["train"].fingerprint,
         bytes_per_token=bytes_per_token(run.datasets["val"]), steps=run.config.train.steps,
         run=stored(run.config))
 
@@ -401,9 +403,9 @@ def run_summary(run: Run) -> dict[str, str]:
     minutes = config.train.minutes
     limit = "" if minutes is None else f", at most {minutes:g} minutes"
     return {
-        "model": f"{config.preset}, {family_name(run.model)}, "
-                 f"{count_parameters(run.model):,} parameters, vocabulary {run.model.vocab_size}, "
-                 f"context {run.model.max_seq_len}",
+        "model": f"{config.preset}, {run.model.name}, "
+                 f"{count_parameters(run.model):,} parameters, "
+                 f"vocabulary {run.model.vocab_size}, context {run.model.max_seq_len}",
         "data": f"{n_tokens:,} tokens in {config.data}",
         "step": f"{run.tokens_per_step:,} tokens",
         "run": f"{steps:,} steps = {tokens:,} tokens = {tokens / n_tokens:.1f} epochs{limit}",
@@ -424,7 +426,9 @@ def result_summary(rows: list[dict]) -> dict[str, str]:
 # %% ../../nbs/library/runs.ipynb #c036
 def is_finished(folder: Path | str) -> bool:
     "True if the run in `folder` has made all its steps, or used all its minutes."
-    return has_checkpoint(Path(folder)) and is_done(find_checkpoint(folder))
+    if not has_checkpoint(Path(folder)):
+        return False
+    return load_state(folder)["extra"].get("progress", {}).get("finished", False)
 
 
 def load_run(
@@ -480,7 +484,7 @@ def open_model(
     else:
         model = from_pretrained(where, dtype, device)
         tokenizer, listed = load_tokenizer(where), eos_token_ids(where)
-    return model, tokenizer, tuple(dict.fromkeys([*listed, *tokenizer.end_ids]))
+    return model, tokenizer, tuple(dict.fromkeys([*listed, *tokenizer.eos_token_ids]))
 
 # %% ../../nbs/library/runs.ipynb #c039
 def tokenizer_rules(tokenizer) -> dict:

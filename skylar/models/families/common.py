@@ -52,6 +52,9 @@ def check_fields(
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
+        if isinstance(value, list):  # as JSON and YAML have it
+            value = tuple(value)
+            object.__setattr__(config, name, value)
         check_type(name, value, field.type)
         if isinstance(value, dict):  # a scaling, with every field written out
             object.__setattr__(config, name, write_scaling(read_scaling(value)))

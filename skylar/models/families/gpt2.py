@@ -43,6 +43,22 @@ _OTHER_NAMES = {  # that transformers accepts, too
     "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
 }
 
+# %% ../../../nbs/library/family_gpt2.ipynb #a0bc2399
+def _rate(config, rate: float | None) -> float:
+    return config.dropout if rate is None else rate
+
+
+def _read(hf: dict) -> dict[str, Any]:
+    "Fields from config.json. `ValueError` for a switch that changes the computation."
+    require(hf, activation_function=("gelu_new", "gelu_pytorch_tanh"),
+            scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
+            add_cross_attention=(False,))
+    hf = _DEFAULTS | {_OTHER_NAMES.get(key, key): value for key, value in hf.items()}
+    found = {ours: hf[key] for ours, key in _KEYS.items()}
+    for part in ("embedding_dropout", "attention_dropout"):
+        found[part] = None if found[part] == found["dropout"] else found[part]
+    return found
+
 # %% ../../../nbs/library/family_gpt2.ipynb #09cc9d8a
 def _weight_map(config) -> list[TensorMapping]:
     "Tensors of a GPT-2 file, in their order there."
@@ -79,9 +95,8 @@ def _weight_map(config) -> list[TensorMapping]:
 class GPT2Config:
     """GPT-2 (Radford et al. 2019); the defaults are the 124M model.
 
-    Raises `ValueError` naming what does not fit. With `bias=False`, or a `d_head` other
-    than `d_model / n_heads`, no class of transformers is its equal.
-    """
+    Raises `ValueError` naming what does not fit; transformers knows only the default bias
+    and `d_head`."""
 
     vocab_size: int = 50_257  # V
     d_model: int = 768  # D
@@ -111,38 +126,27 @@ class GPT2Config:
         norm = LayerNormConfig(eps=self.norm_eps, bias=self.bias)
         attention = AttentionConfig(
             n_heads=self.n_heads, d_head=head_width(self), bias=self.bias,
-            dropout=self._or_dropout(self.attention_dropout))
+            dropout=_rate(self, self.attention_dropout))
         ffn = MLPConfig(d_ff=self.d_ff or 4 * self.d_model, bias=self.bias)
         return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
 
-    def _or_dropout(self, rate: float | None) -> float:
-        return self.dropout if rate is None else rate
-
     def decoder(self) -> DecoderConfig:
-        block = self.block()
-        return build_decoder(
-            self, (block,) * self.n_layers, norm=block.norm,
-            dropout=self._or_dropout(self.embedding_dropout),
-            positions=LearnedPositionsConfig(max_len=self.max_seq_len))
+        block, dropout = self.block(), _rate(self, self.embedding_dropout)
+        positions = LearnedPositionsConfig(max_len=self.max_seq_len)
+        return build_decoder(self, (block,) * self.n_layers, norm=block.norm,
+                             dropout=dropout, positions=positions)
 
     def to_hf(self) -> dict | None:
         if not self.bias or head_width(self) * self.n_heads != self.d_model:
             return None
-        hf: dict[str, Any] = {key: getattr(self, ours) for ours, key in _KEYS.items()}
-        rates = {"embd_pdrop": self._or_dropout(self.embedding_dropout),
-                 "attn_pdrop": self._or_dropout(self.attention_dropout)}
-        return hf | rates | {"activation_function": "gelu_new"}
+        return {key: getattr(self, ours) for ours, key in _KEYS.items()} | {
+            "embd_pdrop": _rate(self, self.embedding_dropout),
+            "attn_pdrop": _rate(self, self.attention_dropout),
+            "activation_function": "gelu_new"}
 
     @classmethod
     def from_hf(cls, hf: dict) -> "GPT2Config":
-        require(hf, activation_function=("gelu_new", "gelu_pytorch_tanh"),
-                scale_attn_weights=(True,), scale_attn_by_inverse_layer_idx=(False,),
-                add_cross_attention=(False,))
-        hf = _DEFAULTS | {_OTHER_NAMES.get(key, key): value for key, value in hf.items()}
-        found = {ours: hf[key] for ours, key in _KEYS.items()}
-        for part in ("embedding_dropout", "attention_dropout"):
-            found[part] = None if found[part] == found["dropout"] else found[part]
-        return cls(**found)
+        return cls(**_read(hf))
 
     def weight_map(self) -> list[TensorMapping]:
         return _weight_map(self)

@@ -43,6 +43,11 @@ def rotary_layers(config) -> list[int]:
     return [int(i % interval != 0) for i in range(1, config.n_layers + 1)]
 
 
+def _write_layers(config) -> dict:
+    return {"no_rope_layer_interval": config.no_rope_layer_interval,
+            "no_rope_layers": config.no_rope_layers and rotary_layers(config)}
+
+
 def _read_layers(hf: dict) -> dict:
     layers = hf.get("no_rope_layers")
     return {"no_rope_layer_interval": hf.get("no_rope_layer_interval", 4),
@@ -87,21 +92,18 @@ class SmolLM3Config:
         norm = RMSNormConfig(eps=self.norm_eps)
         attention = GQAConfig(
             n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=head_width(self), bias=self.bias,
-            rope=rope_config(self) if rotary else None,
-            dropout=self.dropout)
+            d_head=head_width(self), bias=self.bias, dropout=self.dropout,
+            rope=rope_config(self) if rotary else None)
         ffn = SwiGLUConfig(d_ff=self.d_ff)
         return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
 
     def decoder(self) -> DecoderConfig:
-        with_rope, without = self.block(rotary=True), self.block(rotary=False)
-        blocks = (with_rope if rotary else without for rotary in rotary_layers(self))
-        return build_decoder(self, blocks, norm=with_rope.norm)
+        kinds = self.block(rotary=False), self.block(rotary=True)
+        blocks = (kinds[rotary] for rotary in rotary_layers(self))
+        return build_decoder(self, blocks, norm=kinds[0].norm)
 
     def to_hf(self) -> dict | None:
-        return write_llama(self) | {
-            "hidden_act": "silu", "no_rope_layers": self.no_rope_layers and rotary_layers(self),
-            "no_rope_layer_interval": self.no_rope_layer_interval}
+        return write_llama(self) | {"hidden_act": "silu"} | _write_layers(self)
 
     @classmethod
     def from_hf(cls, hf: dict) -> "SmolLM3Config":
