@@ -8,15 +8,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from common import show, write
-from torch import Tensor, nn
+from torch import Tensor
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
-from skylar.training import loss as losses
+from skylar.training.objective import LossOutput
 
 TINY = dict(vocab_size=512, d_model=64, n_heads=2, n_kv_heads=1, d_head=32, n_layers=2, d_ff=128)
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L4": 121, "4090": 165}  # dense bf16
@@ -94,18 +93,9 @@ def build_model(preset: str, dry: bool, device: str, backend: str | None = None,
     return model
 
 
-def next_token_objective(model: nn.Module) -> Callable[[dict], tuple]:
-    """`objective(batch)` with the summed loss and the number of targets as its first two parts."""
-    if hasattr(losses, "NextTokenObjective"):
-        return losses.NextTokenObjective(model)
-    return partial(losses.next_token_loss, model)
-
-
-def mean_loss(output) -> Tensor:
-    """Of a LossOutput."""
-    loss_sum, n_valid = output[:2] if isinstance(output, tuple) else (
-        output.loss_sum, output.n_valid)
-    return loss_sum / n_valid
+def mean_loss(output: LossOutput) -> Tensor:
+    """What the update minimizes."""
+    return output.loss_sum / output.n_valid
 
 
 def packed_documents(batch_size: int, seq_len: int) -> Tensor:  # (B, T)

@@ -16,7 +16,6 @@ from gpu_common import (
     matmul_flops,
     mean_loss,
     measure,
-    next_token_objective,
     parse,
     peak_flops,
     random_batch,
@@ -24,6 +23,7 @@ from gpu_common import (
 )
 
 from skylar.models.decoder import count_parameters, flops_per_token
+from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig
 
 TARGET = 0.45  # of the ceiling, at 2,048 tokens, unpacked
@@ -44,8 +44,8 @@ def compiled_objective(model, what: str, device: str):
     if what == "blocks":
         for block in model.model.layers:
             block.compile(backend=backend)
-        return next_token_objective(model)
-    return torch.compile(next_token_objective(model), backend=backend)
+        return NextTokenObjective(model)
+    return torch.compile(NextTokenObjective(model), backend=backend)
 
 
 def training_step(model, batch: dict, what: str):

@@ -16,8 +16,8 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "nbdev_commands")]
 from check_export import differences  # noqa: E402
 from nbdev_commands import export, misplaced, notebooks  # noqa: E402
 
-LESSON = "nbs/00_transformer/03_attention.ipynb"
-MODULE = "skylar/layers/attention.py"
+LESSON = "nbs/00_transformer/04_positions.ipynb"
+MODULE = "skylar/layers/positions.py"
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def test_unchanged_small_tree_is_clean(small_tree):
 
 
 def test_edited_lesson_is_noticed(small_tree):
-    replace(small_tree / LESSON, "def attention(", "def renamed_attention(")
+    replace(small_tree / LESSON, "def sinusoids(", "def renamed_sinusoids(")
     assert differences(small_tree) == [f"{MODULE}: differs from its lesson"]
 
 
 def test_module_edited_by_hand_is_noticed(small_tree):
-    replace(small_tree / MODULE, "def attention(", "def renamed_attention(")
+    replace(small_tree / MODULE, "def sinusoids(", "def renamed_sinusoids(")
     assert differences(small_tree) == [f"{MODULE}: differs from its lesson"]
 
 

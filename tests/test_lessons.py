@@ -325,7 +325,8 @@ def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
     before = course.lessons[: course.lessons.index(lesson)]
     library = [nb for nb in course.notebooks if not nb.numbered and nb.floor <= lesson.floor]
     known = {f"skylar.{nb.module}" for nb in before + library} | {"skylar.viz", "skylar"}
-    known |= {f"skylar.{lesson.module}"}  # cells that it adds to another module may use its own
+    if appended_modules([c.source for c in lesson.code]):  # what it adds may use its own module
+        known |= {f"skylar.{lesson.module}"}
     for module, name in lesson.imports:
         if not re.match(r"skylar\b|\.", module):
             continue

@@ -62,10 +62,12 @@ def ask(file, *calls) -> list:
     return json.loads(lines[0].removeprefix("ANSWERS"))
 
 
-TEXT = "It's the Question: to be or NOT to be?\n\n  Whether 'tis 12345 nobler,\tnaïve 日本語 café!\n" * 9
+TEXT = ("It's the Question: to be or NOT to be?\n\n  Whether 'tis 12345 nobler,"
+        "\tnaïve 日本語 café!\n") * 9
 SAMPLES = [
     TEXT, "to be", " to be ", "", "x\n\n\ny", "a  b   c\r\n", "3.14159 ٣٤٥ ½ Ⅷ 1234567890", "<eos>",
-    "👩‍👩‍👧‍👦 🇮🇹 e\u0301\u0323 हिन्दी العربية ไทย", "we'LL IT'S don't o'clock", "?!/\n/x --> {}[]\n}",
+    "👩‍👩‍👧‍👦 🇮🇹 e\u0301\u0323 हिन्दी العربية ไทย",
+    "we'LL IT'S don't o'clock", "?!/\n/x --> {}[]\n}",
     "\x1c\x85\u2028\u3000\ufeff\U0010ffff", "CamelCaseHTTPServer", "<|im_end|> <think>",
 ]  # fmt: skip
 
@@ -226,7 +228,8 @@ def test_what_llama_cpp_cannot_run_is_refused_in_one_line(tmp_path):
     model = make("qwen3", 330)
     with pytest.raises(ValueError, match="no name for this tokenizer's pattern"):
         save_gguf(model, own, tmp_path / "a.gguf")
-    with pytest.raises(ValueError, match=r"qwen3 has no tensor for model.layers.0.self_attn.\w_proj.bias"):
+    missing = r"qwen3 has no tensor for model.layers.0.self_attn.\w_proj.bias"
+    with pytest.raises(ValueError, match=missing):
         biased = CausalLM(get_config("test", "qwen3", vocab_size=330, **SIZES | dict(bias=True)))
         save_gguf(biased, bpe, tmp_path / "a.gguf")
     with pytest.raises(ValueError, match="gpt2, llama, qwen3, arcee, not for model_type 'skylar'"):

@@ -135,7 +135,7 @@ MISTAKES = [
     (dict(dropout="0.1"), "dropout must be float"),
     (dict(rope_scaling="yarn"), "rope_scaling='yarn' is a str; rope_scaling must be dict . None"),
     (dict(rope_scaling={"rope_type": "yarm", "factor": 2.0}), "yarm"),
-    (dict(family="smollm3", no_rope_layers=[1]), "no_rope_layers=.1. is a list; .* tuple"),
+    (dict(family="smollm3", no_rope_layers=[1]), "give 0 or 1 for each of the 4 layers"),
     (dict(family="smollm3", no_rope_layers=(0, 1)), "give 0 or 1 for each of the 4 layers"),
     (dict(family="skylar", full_every=-1), "full_every=-1: give a whole number of at least 0"),
     (dict(dropout=float("nan")), "dropout=nan"),

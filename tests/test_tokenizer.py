@@ -182,7 +182,8 @@ def test_decode_equals_rust_on_any_ids(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(20))]
-        assert tokenizer.decode(ids) == tokenizer._vocabulary._rust.decode(ids, skip_special_tokens=False)
+        rust = tokenizer._vocabulary._rust
+        assert tokenizer.decode(ids) == rust.decode(ids, skip_special_tokens=False)
         assert tokenizer.decode(ids, skip_special=True) == tokenizer._vocabulary._rust.decode(ids)
 
 
@@ -705,7 +706,8 @@ PADDING = {
 
 @pytest.mark.parametrize(
     "more", [{"truncation": TRUNCATION}, {"padding": PADDING},
-             {"truncation": TRUNCATION, "padding": PADDING}], ids=["cut", "pad", "both"])  # fmt: skip
+             {"truncation": TRUNCATION, "padding": PADDING}],
+    ids=["cut", "pad", "both"])
 def test_truncation_and_padding_are_not_obeyed(tokenizer, tmp_path, more):
     path = tokenizer.save(tmp_path) / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | more), encoding="utf-8")

@@ -31,7 +31,8 @@ SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "[MAS
 PLAIN_ADDED = ["<think>", "</think>", "    ", "Hamlet"]
 PIECES = [*SPECIALS, *PLAIN_ADDED, *"abtoe  \n'.,<|>é🙂中9", "to be", " that is", "\n\n", "  ",
           "question", "e\u0301", "HAMLET", "hamlet", "\u200d", "ﬁ"]
-SAMPLES = ["", " ", "to be", " to be ", "x" * 50, *TRAINING, "Ciao 🙂 naïve e\u0301 中文\n\n  two\t."]
+SAMPLES = ["", " ", "to be", " to be ", "x" * 50, *TRAINING,
+           "Ciao 🙂 naïve e\u0301 中文\n\n  two\t."]
 
 
 def byte_level(rng) -> Tokenizer:

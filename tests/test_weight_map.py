@@ -83,7 +83,8 @@ def test_every_number_must_come_from_one_tensor():
     check_weight_map(experts(), parameters)
     for wrong in (experts()[:-1], experts(rows=(0, F - 1)), experts(rows=(1, F + 1)),
                   experts() + experts()[:1]):
-        with pytest.raises(ValueError, match="numbers of gate_up . to . times; each must come once"):
+        often = "numbers of gate_up . to . times; each must come once"
+        with pytest.raises(ValueError, match=often):
             check_weight_map(wrong, parameters)
 
 

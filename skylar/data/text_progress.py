@@ -18,7 +18,7 @@ from rich.progress import (
 
 # %% ../../nbs/library/text_progress.ipynb #a9d6ba03
 class TextProgress:
-    """A bar for work on text, in a `with` block; call it with a stage and the characters so far.
+    """A bar for work on text, in a `with` block; call it with a stage and characters so far.
 
     It writes to stderr, and only to a terminal. Without a total it shows the time that passed.
     """

@@ -342,22 +342,16 @@ def visible_keys(
 ) -> tuple[int, Tensor | None]:  # first key to read, (1 or B, 1, T, S) to add to the scores
     "What a layer's queries attend to; no mask where cutting off older keys says it all."
     size = end if window is None else window.size
-    sinks = _num_sink_tokens(window)
-    first = 0 if sinks else max(0, start + 1 - size)  # no query attends to older ones
-    if padding is None and (end <= size or (end - start == 1 and not sinks)):
+    n_sinks = 0 if window is None else window.num_sink_tokens
+    first = 0 if n_sinks else max(0, start + 1 - size)  # no query attends to older ones
+    if padding is None and (end <= size or (end - start == 1 and not n_sinks)):
         if end - start == 1 or start == 0:
             return first, None
     q, k = torch.arange(start, end)[:, None], torch.arange(first, end)
     pad = torch.zeros(1, 1, 1) if padding is None else padding[:, None, None]
-    near = (q - k < size) | ((k >= pad) & (k - pad < sinks))
+    near = (q - k < size) | ((k >= pad) & (k - pad < n_sinks))
     seen = (k <= q) & near & ((k >= pad) == (q >= pad))  # (1 or B, T, S)
     return first, torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]
-
-
-def _num_sink_tokens(window) -> int:
-    # "sinks" until layers/sliding_window.py has come
-    return 0 if window is None else getattr(window, "num_sink_tokens", None) or getattr(
-        window, "sinks", 0)
 
 # %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c041
 class FusedSession:
@@ -399,7 +393,7 @@ class FusedSession:
             x.add_(decoder.positions(self.positions(T).expand_as(ids).flatten()))
         step = _Step(self, T)
         for block, cache in zip(decoder.blocks, self.caches):
-            x.add_(step.attend(block.attention, block.norm(x), cache))
+            x.add_(step.attention(block.attention, block.norm(x), cache))
             x.add_(block.ffn(block.ffn_norm(x)))
         self.length += T
         last = x if T == 1 else x.view(-1, T, x.shape[-1])[:, -1]
@@ -433,7 +427,7 @@ class _Step:
             return table[self.start:self.end, None]
         return table[self.session.positions(self.end - self.start)][:, :, None]
 
-    def attend(self, layer: FusedAttention, x: Tensor, cache: LayerKV) -> Tensor:  # (N, D)
+    def attention(self, layer: FusedAttention, x: Tensor, cache: LayerKV) -> Tensor:  # (N, D)
         heads, window, T = self.buffers[layer.kind], layer.window, self.end - self.start
         heads.fill(layer, x, self.rotations[layer.kind])
         cache.kv.narrow(3, self.start, T).copy_(heads.kv)
@@ -441,8 +435,8 @@ class _Step:
             self.masks[window] = visible_keys(
                 window, self.start, self.end, self.session.padding)
         first, mask = self.masks[window]
-        attend = attend_single if T == 1 else attend_several
-        return layer.out(attend(layer, heads.q, cache, first, self.end, mask))
+        kernel = attend_single if T == 1 else attend_several
+        return layer.out(kernel(layer, heads.q, cache, first, self.end, mask))
 
 # %% ../../nbs/01_gqa_rope/07_fast_decoding.ipynb #c046
 def why_not_fused(

@@ -7,7 +7,7 @@ __all__ = ['MaskMod', 'Positions', 'restarting_positions', 'at', 'causal_mask_mo
 
 # %% ../../nbs/00_transformer/03_masks.ipynb #bb2ada5b
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

@@ -76,15 +76,15 @@ def still_visible(
     window: SlidingWindow, tokens: Positions
 ) -> tuple[slice | Tensor, Positions]:  # slots to keep, (n,) or (B, n), and who is there
     "What a token that comes after all of `tokens` can still attend to."
-    near, sinks, S = window.size - 1, window.num_sink_tokens, len(tokens)
-    if S <= near + sinks:
+    near, n_sinks, S = window.size - 1, window.num_sink_tokens, len(tokens)
+    if S <= near + n_sinks:
         return slice(None), tokens
     if tokens.cache_position.ndim == tokens.position_ids.ndim == 1 and (
             tokens.document_ids is None):  # in order of time, from position 0
-        if not sinks:
+        if not n_sinks:
             return slice(S - near, S), tokens[S - near:]
         steps = torch.arange(S, device=tokens.cache_position.device)
-        keep = torch.cat([steps[:sinks], steps[S - near:]])
+        keep = torch.cat([steps[:n_sinks], steps[S - near:]])
         return keep, tokens[keep]
     return _still_visible_ragged(window, tokens)
 
@@ -98,12 +98,12 @@ def _still_visible_ragged(
     position = tokens.position_ids.expand(B, -1)
     used = slot != EMPTY_SLOT
     last = torch.where(used, slot, -1).amax(-1, keepdim=True)  # (B, 1)
-    visible = used & ((slot > last + 1 - window.size) | (position < window.num_sink_tokens))
-    n = int(visible.sum(-1).max())  # of the sequence with most
-    keep = torch.where(visible, slot, -1).topk(n).indices.sort(-1).values  # (B, n) in order
+    kept = used & ((slot > last + 1 - window.size) | (position < window.num_sink_tokens))
+    n = int(kept.sum(-1).max())  # of the sequence with most
+    keep = torch.where(kept, slot, -1).topk(n).indices.sort(-1).values  # (B, n) in order
     documents = tokens.document_ids
     return keep, Positions(
-        cache_position=torch.where(visible, slot, EMPTY_SLOT).gather(1, keep),
+        cache_position=torch.where(kept, slot, EMPTY_SLOT).gather(1, keep),
         position_ids=position.gather(1, keep),
         document_ids=None if documents is None else documents.gather(1, keep))
 

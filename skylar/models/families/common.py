@@ -52,8 +52,8 @@ def check_fields(
     """
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        if isinstance(value, list):  # as JSON and YAML have it
-            value = tuple(value)
+        if isinstance(value, list) and is_instance(tuple(value), field.type):
+            value = tuple(value)  # JSON and YAML have lists
             object.__setattr__(config, name, value)
         check_type(name, value, field.type)
         if isinstance(value, dict):  # a scaling, with every field written out
