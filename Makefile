@@ -69,8 +69,8 @@ site: $(VENV)/.docs
 	$(BIN)/python docs/build.py
 
 bench: $(VENV)/.dev
-	for b in loader tokenize time_to_quality decode "train_step --family qwen3" "train_step --family gpt2"; do \
-	    $(BIN)/python bench/$${b%% *}.py $$(echo $$b | cut -s -d' ' -f2-) || exit 1; done
+	for b in loader tokenize time_to_quality attention decode train_step; do \
+	    $(BIN)/python bench/$$b.py || exit 1; done
 	$(BIN)/python tools/readme_table.py
 
 gpu: $(VENV)/.dev

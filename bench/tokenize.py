@@ -60,7 +60,8 @@ def compare(texts: list[str], tokenizer, bare, runs: int) -> dict:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def main(runs: int = 5) -> None:
+def main() -> None:
+    import argparse
     import tempfile
     from pathlib import Path
 
@@ -69,13 +70,17 @@ def main(runs: int = 5) -> None:
 
     from skylar.data.tokenizer import BPETokenizer
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
+    args = parser.parse_args()
     rows = []
     for name, texts in corpora().items():
         tokenizer = BPETokenizer.train(texts, 8192)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(folder)
             bare = tokenizers.Tokenizer.from_file(str(Path(folder, "tokenizer.json")))
-        took = compare(texts, tokenizer, bare, runs)
+        took = compare(texts, tokenizer, bare, args.runs)
         megabytes = sum(len(t.encode()) for t in texts) / 1e6
         rows.append({
             "corpus": name, "documents": len(texts), "megabytes": round(megabytes, 1),
@@ -83,7 +88,9 @@ def main(runs: int = 5) -> None:
             "share_of_bare": round(took["encode_batch"] / took["write_shards"], 3),
             "share_of_bare_fast": round(took["encode_batch_fast"] / took["write_shards"], 3),
         })
-    record("tokenize", rows, target="share_of_bare >= 0.8", runs=runs)
+    if args.dry:
+        return print(*rows, sep="\n")
+    record("tokenize", rows, target="share_of_bare >= 0.8", runs=args.runs)
 
 
 if __name__ == "__main__":

@@ -1,113 +1,68 @@
-"""Tokens per second of one training step: Skylar against Hugging Face on the same model.
+"""Tokens per second of a training step: Skylar against transformers, both on a plain eager model.
 
-Same shape, same weights at the start, same batch, same bf16 autocast, same fused AdamW, gradients
-clipped to norm 1, both in this process and in turns. Each side uses its own loss and loop: ours
-`TrainStep` with the fused loss, theirs `labels=` and `clip_grad_norm_`.
-The `packed` rows compare ours with ours: windows of several documents, which do not see one
-another, against windows of one.
+One folder of random weights is opened by both sides in this process; they train on the same batch
+in turns, with bf16 autocast where the processor computes in it and in float32 elsewhere, gradients
+clipped to 1 and fused AdamW. Skylar's side is the Trainer's own `TrainStep` around
+`NextTokenObjective(model)`; transformers' side is its model with `labels=`, with whichever of its
+attention implementations is faster here. Ratios are medians over paired rounds, of wall clock and
+of CPU time. The `packed` row compares ours with ours: sequences of several documents, which do not
+see one another, against sequences of one.
 
-    python bench/train_step.py --family qwen3             # every shape, eager and compiled
-    python bench/train_step.py --family gpt2 --shapes test --modes eager --rounds 5
-    python bench/train_step.py --grid                     # vocabularies, widths, lengths
+    python bench/train_step.py                     # both families, about 10 minutes
+    python bench/train_step.py --quick             # four rows, three rounds, writes no file
+    python bench/train_step.py --only grid-256     # rows whose name begins so; writes no file
+    python bench/train_step.py --profile grid-256-8192-256    # where the time of a step goes
 """
 
 import argparse
 import itertools
 import statistics
+import tempfile
 import time
 
 import torch
-from common import record
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from common import record, show
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from skylar.models.decoder import CausalLM
-from skylar.models.presets import from_args, resolve
+from skylar.models.hub import save_pretrained
+from skylar.models.presets import get_config
 from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, TrainStep
+from skylar.utils.devices import autocast, pick_dtype
 
-SHAPES = {  # family -> name -> overrides of the `test` preset, batch size, sequence length
-    "gpt2": {
-        "test": (dict(), 8, 256),
-        "larger": (dict(d_model=256, n_heads=8, n_kv_heads=8, n_layers=6, d_ff=1024), 4, 512),
-    },
-    "qwen3": {
-        "test": (dict(), 8, 256),
-        "25M": (
-            dict(d_model=384, n_heads=6, n_kv_heads=3, d_head=64, n_layers=6, d_ff=1024), 4, 512
-        ),
-    },
+CPU = torch.device("cpu")
+DTYPE = pick_dtype("auto", CPU)
+LAYERS, TOKENS = 6, 1024  # of every model of the grid; tokens a step
+GRID = list(itertools.product((128, 256, 512), (8192, 40_960), (256, 1024)))
+GRID_WORST, GRID_MEDIAN = 1.3, 1.5  # targets
+NAMED = {  # row: family, overrides of the `test` preset, mode, batch size, length, target
+    "test": ("qwen3", {}, "eager", 8, 256, 1.3),
+    "test-compiled": ("qwen3", {}, "compiled", 8, 256, 1.0),
+    "test-packed": ("qwen3", {}, "packed", 2, 1024, 0.9),
+    "gpt2-test": ("gpt2", {}, "eager", 8, 256, 1.2),
+    "gpt2-test-compiled": ("gpt2", {}, "compiled", 8, 256, 1.1),
 }
-GRID = {  # qwen3 of 6 layers: vocabulary, width, sequence length -> shape and batch
-    f"{v // 1024}k {d} {t}": (
-        dict(vocab_size=v, d_model=d, n_heads=d // 64, n_kv_heads=d // 128 or 1, d_head=64,
-             n_layers=6, d_ff=3 * d, max_seq_len=1024), 1024 // t, t)
-    for v, d, t in itertools.product((8192, 40_960), (128, 256, 512), (256, 1024))
-}
-TARGETS = {  # tokens/s, ours over theirs; for packed: ours over our own unpacked
-    "gpt2": {"eager": 1.2, "compiled": 1.1},
-    "qwen3": {"eager": 1.3, "compiled": 1.0, "packed": 0.9},
-}
-PACKED = 2, 1024  # batch size and sequence length of the packed rows
+CASES = NAMED | {
+    f"grid-{width}-{vocabulary}-{length}": (
+        "qwen3",
+        dict(d_model=width, d_head=64, n_heads=width // 64, n_kv_heads=width // 128,
+             d_ff=3 * width, n_layers=LAYERS, vocab_size=vocabulary),
+        "eager", TOKENS // length, length, GRID_WORST)
+    for width, vocabulary, length in GRID}
+QUICK = ("grid-128-8192-256", "grid-256-40960-1024", "test-packed", "gpt2-test")
+STEPS = 10_000  # of a run that the steps measured here are the first of
+OPTIMIZER = AdamWConfig()
 
 
-def their_gpt2(args: dict) -> GPT2LMHeadModel:
-    """Hugging Face's GPT-2 of the same shape, without dropout, with its fastest attention."""
-    hf = GPT2Config(
-        vocab_size=args["vocab_size"], n_positions=args["max_seq_len"], n_embd=args["d_model"],
-        n_layer=args["n_layers"], n_head=args["n_heads"], n_inner=args["d_ff"], resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa",
-        bos_token_id=0, eos_token_id=0,
-    )
-    return GPT2LMHeadModel(hf)
-
-
-def their_qwen3(args: dict) -> Qwen3ForCausalLM:
-    """Hugging Face's Qwen3 of the same shape, with its fastest attention."""
-    hf = Qwen3Config(
-        vocab_size=args["vocab_size"], max_position_embeddings=args["max_seq_len"],
-        hidden_size=args["d_model"], num_hidden_layers=args["n_layers"],
-        num_attention_heads=args["n_heads"], num_key_value_heads=args["n_kv_heads"],
-        head_dim=args["d_head"], intermediate_size=args["d_ff"], use_cache=False,
-        tie_word_embeddings=args["tie_embeddings"], rms_norm_eps=args["norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": args["rope_theta"]},
-        attn_implementation="sdpa",
-    )
-    return Qwen3ForCausalLM(hf)
-
-
-THEIRS = {"gpt2": their_gpt2, "qwen3": their_qwen3}
-
-
-@torch.no_grad()
-def copy_gpt2(ours: CausalLM, theirs: GPT2LMHeadModel) -> None:
-    """Give ours the same start; their linear layers are stored transposed, q k v in one."""
-    ours.model.embed_tokens.weight.copy_(theirs.transformer.wte.weight)
-    ours.model.embed_positions.weight.copy_(theirs.transformer.wpe.weight)
-    pairs = [(ours.model.norm, theirs.transformer.ln_f)]
-    for a, b in zip(ours.model.layers, theirs.transformer.h):
-        pairs += [(a.input_layernorm, b.ln_1), (a.post_attention_layernorm, b.ln_2)]
-        qkv = (a.self_attn.q_proj, a.self_attn.k_proj, a.self_attn.v_proj)
-        w, bias = b.attn.c_attn.weight.T.chunk(3), b.attn.c_attn.bias.chunk(3)
-        linears = [*zip(qkv, w, bias)] + [
-            (a.self_attn.o_proj, b.attn.c_proj.weight.T, b.attn.c_proj.bias),
-            (a.mlp.up_proj, b.mlp.c_fc.weight.T, b.mlp.c_fc.bias),
-            (a.mlp.down_proj, b.mlp.c_proj.weight.T, b.mlp.c_proj.bias),
-        ]
-        for layer, weight, b_ in linears:
-            layer.weight.copy_(weight)
-            layer.bias.copy_(b_)
-    for a, b in pairs:
-        a.weight.copy_(b.weight)
-        a.bias.copy_(b.bias)
-
-
-def copy_weights(family: str, ours: CausalLM, theirs) -> None:
-    """The same numbers in both; Qwen3's names are ours."""
-    if family == "gpt2":
-        copy_gpt2(ours, theirs)
-    else:
-        ours.load_state_dict(theirs.state_dict())
+def seconds(f) -> tuple[float, float]:
+    """Of the wall clock, and of this process on all its threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    f()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def batch_of(ids, documents=None) -> dict:
@@ -120,27 +75,29 @@ def batch_of(ids, documents=None) -> dict:
     return {"input_ids": ids, "labels": labels, "document_ids": documents}
 
 
-def our_step(model, batch: dict, compiled: bool):
-    """A function that trains `model` one step, as the Trainer does; returns the mean loss."""
-    config = TrainConfig(dtype="bfloat16", device="cpu", compile=compiled)
-    constant = ScheduleConfig(kind="constant", warmup_steps=0)
-    train_step = TrainStep(NextTokenObjective(model), config, AdamWConfig(), constant)
+def our_step(model: CausalLM, batch: dict, compiled: bool = False):
+    """A function that trains `model` one step, as the Trainer does, and returns the mean loss."""
+    config = TrainConfig(steps=STEPS, device="cpu", compile=compiled)
+    step = TrainStep(NextTokenObjective(model.train()), config, OPTIMIZER,
+                     ScheduleConfig(kind="constant", warmup_steps=0))
     batches = itertools.repeat(batch)
 
-    def step():
-        loss_sum, n_valid = train_step(batches, 0).loss
-        return float(loss_sum / n_valid)
+    def run() -> float:
+        total, count = step(batches, 0).loss
+        return float(total / count)
 
-    return step
+    return run
 
 
-def their_step(model, ids, compiled: bool):
-    """The same for Hugging Face's model, with its own loss and the same optimizer."""
-    optimizer = AdamWConfig().build(model)
+def their_step(model, ids, compiled: bool = False):
+    """The same for transformers' model, with its own loss and one group for all weights."""
+    optimizer = torch.optim.AdamW(
+        model.train().parameters(), lr=OPTIMIZER.lr, betas=OPTIMIZER.betas,
+        weight_decay=OPTIMIZER.weight_decay, fused=True)
     forward = torch.compile(model) if compiled else model
 
-    def step():
-        with torch.autocast("cpu", torch.bfloat16):
+    def run() -> float:
+        with autocast(CPU, DTYPE):
             loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -148,108 +105,164 @@ def their_step(model, ids, compiled: bool):
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
+    return run
 
 
-def seconds(step, steps: int) -> float:
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - start) / steps
+def config_of(case: str):
+    family, sizes, *_ = CASES[case]
+    return get_config("test", family, **sizes)
 
 
-def in_turns(one, other, rounds: int, steps: int, tokens: int) -> tuple[int, int, dict]:
-    """Tokens/s of both, medians over rounds, and the ratio one over other with quartiles."""
-    times = [(seconds(one, steps), seconds(other, steps)) for _ in range(rounds)]
-    ratios = [b / a for a, b in times]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    speeds = (round(tokens / statistics.median(column)) for column in zip(*times))
-    ratio = {"ratio": round(middle, 3), "ratio_quartiles": [round(low, 3), round(high, 3)]}
-    return *speeds, ratio
-
-
-def compare(family: str, shape: str, mode: str, rounds: int, steps: int) -> dict:
-    """One row against Hugging Face."""
-    overrides, size, length = (SHAPES[family] | GRID)[shape]
+def both(case: str):
+    """The model as Skylar has it and as transformers opens it, and a batch of random tokens."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    args = resolve("test", family=family, **overrides)
-    mine = CausalLM(from_args(args)).train()
-    theirs = THEIRS[family](args["args"]).train()
-    copy_weights(family, mine, theirs)
-    ids = torch.randint(mine.config.vocab_size, (size, length))
-    ours_run = our_step(mine, batch_of(ids), mode == "compiled")
-    theirs_run = their_step(theirs, ids, mode == "compiled")
-    for _ in range(3):  # warm-up, and proof that both do the same work
-        a, b = ours_run(), theirs_run()
-        assert abs(a - b) < 0.02, f"the two sides train differently: {a} and {b}"
-    ours, other, ratio = in_turns(ours_run, theirs_run, rounds, steps, size * length)
-    target = TARGETS[family][mode]
+    ours = CausalLM(config_of(case))
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(ours, folder + "/model")
+        theirs = AutoModelForCausalLM.from_pretrained(folder + "/model", dtype=torch.float32)
+    theirs.config.use_cache = False
+    *_, size, length, _ = CASES[case]
+    return ours, theirs, torch.randint(ours.config.vocab_size, (size, length))
+
+
+def faster_attention(theirs, run) -> str:
+    """Set transformers' model to its faster attention, after a warm-up of each."""
+    took = {}
+    for name in ("sdpa", "eager"):
+        theirs.set_attn_implementation(name)
+        run()
+        took[name] = min(seconds(run)[1] for _ in range(3))
+    best = min(took, key=took.get)
+    theirs.set_attn_implementation(best)
+    return best
+
+
+def turns(one, other, rounds: int, limit: float, warm: float) -> dict:
+    """Median seconds of both, and ratios of paired rounds; the side that begins alternates.
+
+    As many of `rounds` as fit into `limit` seconds, at least three; steps shorter than a tenth
+    of a second are taken several at a time."""
+    steps = max(1, round(0.1 / warm))
+    sides, pairs, start = (one, other), [], time.perf_counter()
+    while len(pairs) < rounds and (len(pairs) < 3 or time.perf_counter() - start < limit):
+        order = (0, 1) if len(pairs) % 2 == 0 else (1, 0)
+        took = {i: seconds(lambda: [sides[i]() for _ in range(steps)]) for i in order}  # noqa: B023
+        pairs.append((took[0], took[1]))
+    ratios = [b[0] / a[0] for a, b in pairs]
     return {
-        "family": family, "shape": shape, "mode": mode, "batch": f"{size} x {length}",
-        "skylar_tokens_per_s": ours, "transformers_tokens_per_s": other, **ratio,
-        "target": target, "met": ratio["ratio"] >= target,
-    }
+        "seconds": [round(statistics.median(p[i][0] for p in pairs) / steps, 4) for i in (0, 1)],
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(q, 3) for q in statistics.quantiles(ratios, n=4)],
+        "cpu_ratio": round(statistics.median(b[1] / a[1] for a, b in pairs), 3),
+        "rounds": len(pairs), "steps_per_round": steps}
 
 
 def documents_of(size: int, length: int) -> torch.Tensor:
-    """Document numbers of packed windows: lengths of 20 to 500 tokens, the same every time."""
+    """Document numbers of packed sequences: lengths of 20 to 500 tokens, always the same."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 500, (size, length), generator=generator)
     ends = lengths.cumsum(1)  # (B, T): far more documents than fit
     return (torch.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
 
 
-def packed(family: str, shape: str, rounds: int, steps: int) -> dict:
-    """One row: packed documents against undivided windows, both ours, eager."""
-    size, length = PACKED
+def against_transformers(case: str, mode: str) -> tuple:
+    """A step of each side, proved to do the same work, and transformers' attention."""
+    ours, theirs, ids = both(case)
+    compiled = mode == "compiled"
+    mine, other = our_step(ours, batch_of(ids), compiled), their_step(theirs, ids, compiled)
+    before = mine()
+    first = other()
+    assert abs(before - first) < 0.02, f"{case}: the losses differ: {before} and {first}"
+    return mine, other, "sdpa" if compiled else faster_attention(theirs, other)
+
+
+def packed_and_not(case: str) -> tuple:
+    """A step with document borders and one without, both ours."""
+    _, _, _, size, length, _ = CASES[case]
     torch.manual_seed(0)
-    args = resolve("test", family=family, **SHAPES[family][shape][0])
-    ids = torch.randint(40_960, (size, length))
-    documents = documents_of(size, length)
-    runs = [our_step(CausalLM(from_args(args)).train(), batch_of(ids, d), False)
-            for d in (documents, None)]
-    for run in runs * 2:
-        run()
-    with_mask, without, ratio = in_turns(*runs, rounds, steps, size * length)
-    target = TARGETS[family]["packed"]
-    return {
-        "family": family, "shape": shape, "mode": "packed", "batch": f"{size} x {length}",
-        "documents": int((documents[:, -1] + 1).sum()), "skylar_tokens_per_s": with_mask,
-        "unpacked_tokens_per_s": without, **ratio, "target": target,
-        "met": ratio["ratio"] >= target,
-    }
+    ids = torch.randint(config_of(case).vocab_size, (size, length))
+    mine, other = (our_step(CausalLM(config_of(case)), batch_of(ids, d))
+                   for d in (documents_of(size, length), None))
+    return mine, other, None
+
+
+def measure(case: str, rounds: int, limit: float) -> dict:
+    """One row."""
+    family, _, mode, size, length, target = CASES[case]
+    prepare = packed_and_not(case) if mode == "packed" else against_transformers(case, mode)
+    mine, other, attention = prepare
+    for _ in range(2):
+        warm = seconds(mine)[0], seconds(other)[0]
+    took = turns(mine, other, rounds, limit, min(warm))
+    ours, theirs = (round(size * length / s) for s in took.pop("seconds"))
+    rival = "unpacked_tokens_per_s" if mode == "packed" else "transformers_tokens_per_s"
+    row = {
+        "case": case, "family": family, "mode": mode, "batch": f"{size} x {length}",
+        "skylar_tokens_per_s": ours, rival: theirs, **took, "target": target,
+        "met": took["ratio"] >= target, "transformers_attention": attention}
+    show(row)
+    return row
+
+
+def grid_summary(rows: list[dict]) -> dict:
+    """Worst, median and best row of the grid."""
+    grid = sorted((r for r in rows if r["case"].startswith("grid")), key=lambda r: r["ratio"])
+    median = round(statistics.median(r["ratio"] for r in grid), 3)
+    worst, best = ({k: r[k] for k in ("case", "ratio")} for r in (grid[0], grid[-1]))
+    return {"rows": len(grid), "median": median, "target": GRID_MEDIAN,
+            "met": median >= GRID_MEDIAN and worst["ratio"] >= GRID_WORST,
+            "worst": worst | {"target": GRID_WORST}, "best": best}
+
+
+def show_profile(case: str) -> None:
+    """The operators that take most of a step, on both sides."""
+    mine, other, attention = against_transformers(case, "eager")
+    for name, step in (("Skylar", mine), (f"transformers, {attention}", other)):
+        step()
+        plain = statistics.median(seconds(step)[1] for _ in range(5))
+        with profile(activities=[ProfilerActivity.CPU]) as watched:
+            for _ in range(3):
+                step()
+        print(f"{case}, {name}: {1e3 * plain:.0f} ms of CPU time a step; under the profiler")
+        events = sorted(watched.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        for event in events[:16]:
+            print(f"  {event.key[:60]:60} {event.self_cpu_time_total / 3e3:8.1f} ms "
+                  f"{event.count / 3:7.0f} calls")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=SHAPES, default="qwen3")
-    parser.add_argument("--shapes", nargs="+", help="default: all of the family")
-    parser.add_argument("--modes", nargs="+", help="default: all of the family")
-    parser.add_argument("--grid", action="store_true", help="the grid of qwen3, eager")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=2, help="steps a side takes in each round")
+    parser.add_argument("--family", choices=("qwen3", "gpt2"), help="default: both")
+    parser.add_argument("--only", default="", help="rows whose name begins so; writes no file")
+    parser.add_argument("--rounds", type=int, default=11, help="at most, of each row")
+    parser.add_argument("--limit", type=float, default=28, help="seconds of rounds a row")
+    parser.add_argument("--quick", action="store_true", help="four rows, three rounds, no file")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
+    parser.add_argument("--profile", metavar="CASE", help="where the time of a step goes")
     args = parser.parse_args()
-    if args.grid:
-        args.family, args.shapes, args.modes = "qwen3", list(GRID), ["eager"]
-    rows = [
-        packed(args.family, shape, args.rounds, args.steps) if mode == "packed"
-        else compare(args.family, shape, mode, args.rounds, args.steps)
-        for shape in args.shapes or SHAPES[args.family]
-        for mode in args.modes or TARGETS[args.family]
-    ]
-    if args.dry:
-        print(*rows, sep="\n")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.profile:
+        return show_profile(args.profile)
+    rounds = 3 if args.quick else args.rounds
+    cases = [c for c in (QUICK if args.quick else CASES)
+             if c.startswith(args.only) and args.family in (None, CASES[c][0])]
+    rows = [measure(case, rounds, args.limit) for case in cases]
+    summary = None
+    if any(r["case"].startswith("grid") for r in rows):
+        summary = grid_summary(rows)
+        print(summary)
+    if args.dry or args.quick or args.only:
         return
-    ratios = [row["ratio"] for row in rows]
-    record(
-        f"train_step_{'grid' if args.grid else args.family}", rows,
-        worst_ratio=min(ratios), median_ratio=statistics.median(ratios),
-        dtype="bfloat16 autocast, fp32 weights",
-        optimizer="fused AdamW on both sides", rounds=args.rounds, steps_per_round=args.steps,
-        threads=torch.get_num_threads(), cuda="not run: no GPU on the measuring machine",
-    )
+    for family in ("qwen3", "gpt2") if args.family is None else (args.family,):
+        record(
+            f"train_step_{family}", [r for r in rows if r["family"] == family],
+            **({"grid": summary} if family == "qwen3" else {}),
+            dtype=str(DTYPE).removeprefix("torch.") + " autocast, float32 weights",
+            optimizer="fused AdamW, gradients clipped to 1, on both sides",
+            layers_of_grid=LAYERS, threads=torch.get_num_threads(),
+            cuda="not run: no GPU on the measuring machine")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@
     python tools/readme_table.py --check    # exit 1 if README.md would change
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`. No number in them is typed.
+What no file in bench/results holds, or only one in the format of an older script, is called
+"not measured".
 """
 
 import json
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +21,7 @@ sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
 from nbdev_commands import notebooks  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
+NOT_MEASURED = "not measured"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -28,110 +32,204 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def result(name: str) -> dict:
     "What `bench/NAME.py` wrote."
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def first_cell(path: Path) -> dict[str, str]:
-    "Title and box of a lesson, from its first cell."
-    cell = "".join(json.loads(path.read_text())["cells"][0]["source"])
+    "Title and box of a notebook, from its first cell."
+    cell = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
     box = dict(re.findall(r"^\| \*\*(.+?)\*\* \| (.+?) \|$", cell, flags=re.MULTILINE))
     return {"title": re.search(r"^# (.+)$", cell, flags=re.MULTILINE)[1], **box}
 
 
+# --- lessons ---
+
+CHAPTERS = {  # folder of a notebook -> heading of its table
+    "00_transformer": "Chapter 00: from raw text to a trained GPT",
+    "01_gqa_rope": "Chapter 01: the modern dense decoder",
+    "library": "Library notebooks: the plumbing, same export, same tests, no exercises",
+    "": "Beside the lessons",
+}
+
+
+def measured_seconds() -> dict[str, float]:
+    "Notebook -> seconds, of those that `make lessons` has measured."
+    try:
+        return {row["lesson"]: row["seconds"] for row in result("lessons")["rows"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def lesson_row(path: Path, seconds: dict[str, float]) -> list[str]:
+    "One line of the map: link, title, seconds, module."
+    name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
+    modules = ", ".join(re.findall("`skylar/.+?`", box["Exports"]))
+    took = f"{seconds[name]:.0f} s" if name in seconds else NOT_MEASURED
+    return [f"[{path.stem.replace('_', ' ')}]({name})", box["title"], took, modules]
+
+
 def lessons() -> str:
-    "The map: lesson, what it builds, seconds, module."
-    seconds = {row["lesson"]: row["seconds"] for row in result("lessons")["rows"]}
-    rows = []
-    for path in notebooks(ROOT / "nbs"):
-        name, box = path.relative_to(ROOT).as_posix(), first_cell(path)
-        if "Exports" not in box:  # the map itself
-            continue
-        link = f"[{path.stem.replace('_', ' ')}]({name})"
-        modules = ", ".join(re.findall("`skylar/.+?`", box["Exports"]))
-        took = f"{seconds[name]:.0f} s" if name in seconds else "not measured"
-        rows.append([link, box["title"], took, modules])
-    header = ["lesson", "what it is about", "runs in", "becomes"]
-    return table(header, rows) + f"\n\nAll together: {sum(seconds.values()) / 60:.1f} minutes."
+    "A table a chapter, and how long all of them run."
+    seconds, nbs, found = measured_seconds(), ROOT / "nbs", {}
+    for path in notebooks(nbs):
+        if "Exports" in first_cell(path):  # the map itself has none
+            chapter = path.parent.relative_to(nbs).as_posix()
+            found.setdefault("" if chapter == "." else chapter, []).append(path)
+    parts, header = [], ["notebook", "what it is about", "runs in", "exports"]
+    for chapter, paths in found.items():
+        rows = table(header, [lesson_row(path, seconds) for path in paths])
+        parts.append(f"**{CHAPTERS.get(chapter, chapter)}**\n\n{rows}")
+    names = [path.relative_to(ROOT).as_posix() for paths in found.values() for path in paths]
+    known = [seconds[name] for name in names if name in seconds]
+    total = f"All together: {sum(known) / 60:.1f} minutes"
+    if missing := len(names) - len(known):
+        total += f", without the {missing} that are not measured"
+    return "\n\n".join([*parts, total + "."])
 
 
-PEERS = {"gpt2": "Hugging Face GPT-2", "qwen3": "Hugging Face Qwen3"}
+# --- benchmarks: each function yields [what, Skylar, the other side, ratio, target] ---
+
+PEERS = {"gpt2": "transformers' GPT-2", "qwen3": "transformers' Qwen3"}
 
 
-def train_step_rows(family: str) -> list[list[str]]:
-    "Ours against Hugging Face's model of the same shape, and packed against unpacked."
+def grid_name(case: str, layers: int) -> str:
+    "`grid-256-8192-1024` in words."
+    width, vocabulary, length = map(int, case.split("-")[1:])
+    return (f"Qwen3 of {layers} layers, width {width}, vocabulary {vocabulary:,}, "
+            f"sequences of {length:,}")
+
+
+def training_rows(family: str) -> Iterator[list[str]]:
+    "The grid's worst row and median, then the named rows, against transformers."
     found = result(f"train_step_{family}")
-    rows = []
+    grid, how = found.get("grid"), found["dtype"].removesuffix(", float32 weights")
     for row in found["rows"]:
-        what = f"training step, {family} `{row['shape']}` shape, {row['batch']} tokens, bf16"
+        case, target = row["case"], f"{row['target']}x"
+        what = f"{family} `{case}`, {row['batch']} tokens"
+        if case.startswith("grid"):
+            if case != grid["worst"]["case"]:
+                continue
+            what = f"{grid_name(case, found['layers_of_grid'])} (worst of the grid)"
         other = f"{row.get('transformers_tokens_per_s', 0):,} tokens/s ({PEERS[family]})"
         if row["mode"] == "packed":
-            other = f"{row['unpacked_tokens_per_s']:,} tokens/s (ours, one document a row)"
-        rows.append([f"{what}, {row['mode']}", f"{row['skylar_tokens_per_s']:,} tokens/s",
-                     other, f"{row['ratio']:.2f}x", f"{row['target']}x"])
-    return rows
+            other = f"{row['unpacked_tokens_per_s']:,} tokens/s (ours, one document a sequence)"
+        yield [f"training step, {what}, {how}", f"{row['skylar_tokens_per_s']:,} tokens/s",
+               other, f"{row['ratio']:.2f}x", target]
+    if grid:
+        yield [f"training step, median of {grid['rows']} Qwen3 models of widths 128 to 512", "",
+               "", f"{grid['median']:.2f}x", f"{grid['target']}x"]
 
 
-def decode_rows() -> list[list[str]]:
-    "Cached decoding and reading a prompt, against transformers."
-    return result("decode")["summary"]
+def decode_rows() -> Iterator[list[str]]:
+    "Plain `generate` and reading a prompt, against transformers: lines that the script made."
+    found = result("decode")
+    if "grid" not in found:
+        raise KeyError("grid")  # measured by an older script
+    yield from found["summary"]
 
 
-def gpu_rows() -> list[list[str]]:
+def attention_rows() -> Iterator[list[str]]:
+    "The largest shape of the tiled CPU kernel, where `auto` takes it."
+    rows = result("attention")["rows"]
+    largest = max((row["width"], row["length"]) for row in rows)
+    for row in rows:
+        chosen = row["packed"] or row["dtype"] == "bfloat16"
+        if chosen and (row["width"], row["length"]) == largest:
+            kind = "packed documents" if row["packed"] else "one document a sequence"
+            yield [f"tiled attention on a CPU, training step of width {row['width']}, "
+                   f"sequences of {row['length']:,}, {kind}, {row['dtype']}",
+                   f"{row['tiled_ms']:.0f} ms", f"{row['sdpa_ms']:.0f} ms (PyTorch's SDPA)",
+                   f"{row['speedup']:.2f}x", ""]
+
+
+def gpu_rows() -> Iterator[list[str]]:
     "Training on a GPU: share of its matmul ceiling, packed and unpacked."
     found = result("gpu_train")
-    if not found["rows"]:
-        return [[f"{what} on a GPU", found["status"], "", "", ""] for what in (
-            "`medium` (107M) training at 2,048 tokens, share of the matmul ceiling",
-            "packed documents by FlexAttention against unpacked, at 2K and 8K")]
-    return [[f"`{row['preset']}` training, {row['length']:,} tokens, "
-             f"{'packed' if row['packed'] else 'unpacked'}", f"{row['tokens_per_s']:,} tokens/s",
-             f"{found['ceiling_tflops']} TFLOP/s ({found['device']}, matmul)",
-             f"{row['share_of_ceiling']:.0%}", f"{row['target']:.0%}" if row["target"] else ""]
-            for row in found["rows"]]
+    rows = [row for row in found["rows"] if "tokens_per_s" in row]
+    if not rows or found["status"].startswith(("not run", "dry")):
+        why = found["status"] if found["status"].startswith("not run") else "not run"
+        for what in ("`medium` deepened to 125M, training at 2,048 tokens on a GPU, share of "
+                     "the matmul ceiling",
+                     "packed documents by FlexAttention against unpacked, 2K and 8K, on a GPU",
+                     "FlexAttention against dense masks; decoding against transformers, on a GPU"):
+            yield [what, why, "`bench/gpu.sh`", "", ""]
+        return
+    ceiling = f"{found['ceiling_tflops']} TFLOP/s ({found.get('device', 'GPU')}, matmul)"
+    for row in rows:
+        packed = "packed" if row["packed"] else "unpacked"
+        yield [f"`{row['preset']}` ({row['parameters_m']:.0f}M) training on a GPU, "
+               f"{row['length']:,} tokens, {packed}, {row['compiled']} compiled",
+               f"{row['tokens_per_s']:,} tokens/s", ceiling, f"{row['share_of_ceiling']:.0%}",
+               f"{row['target']:.0%}" if row["target"] else ""]
 
 
-def time_to_quality_rows() -> list[list[str]]:
+def time_to_quality_rows() -> Iterator[list[str]]:
     "The fastest recipe of chapter 00 against the classic one."
     found = result("time_to_quality")
 
-    def middle(recipe, key):
+    def median(recipe, key):
         return statistics.median(r[key] for r in found["rows"] if r["recipe"] == recipe)
 
     what = "character-level Shakespeare: training until the classic recipe's final loss"
-    loss = middle("classic", "val_loss")
-    return [[f"{what} ({loss:.2f} nats)", f"{middle('fast', 'seconds'):.0f} s",
-             f"{middle('classic', 'seconds'):.0f} s (4 layers, 128 wide, 2,000 x 12 x 64)",
-             f"{found['median_speedup']:.2f}x", "2x"]]
+    yield [f"{what} ({median('classic', 'val_loss'):.2f} nats)",
+           f"{median('fast', 'seconds'):.0f} s",
+           f"{median('classic', 'seconds'):.0f} s (4 layers, 128 wide, 2,000 x 12 x 64)",
+           f"{found['median_speedup']:.2f}x", "2x"]
 
 
-def loader_rows() -> list[list[str]]:
+def loader_rows() -> Iterator[list[str]]:
     "Tokens handed out against tokens trained on."
     row = min(result("loader")["rows"], key=lambda r: r["ratio"])
-    return [["batches from disk (slowest setting)", f"{row['loader_tokens_per_s']:,} tokens/s",
-             f"{row['training_tokens_per_s']:,} tokens/s (training, `test` preset)",
-             f"{row['ratio']:,}x", "100x"]]
+    yield ["batches from disk (slowest setting)", f"{row['loader_tokens_per_s']:,} tokens/s",
+           f"{row['training_tokens_per_s']:,} tokens/s (training, `test` preset)",
+           f"{row['ratio']:,}x", "100x"]
 
 
-def tokenize_rows() -> list[list[str]]:
+def tokenize_rows() -> Iterator[list[str]]:
     "Corpus to shards against the bare encoder."
-    return [[f"corpus to shards ({row['corpus']})", f"{row['write_shards_mb_per_s']:.1f} MB/s",
-             f"{row['encode_batch_mb_per_s']:.1f} MB/s (bare `encode_batch`)",
-             f"{row['share_of_bare']:.2f}x", "0.8x"] for row in result("tokenize")["rows"]]
+    for row in result("tokenize")["rows"]:
+        yield [f"corpus to shards ({row['corpus']})", f"{row['write_shards_mb_per_s']:.1f} MB/s",
+               f"{row['encode_batch_mb_per_s']:.1f} MB/s (bare `encode_batch`)",
+               f"{row['share_of_bare']:.2f}x", "0.8x"]
+
+
+SOURCES = {  # what is measured, its script -> its rows
+    ("training step, qwen3", "train_step.py"): lambda: training_rows("qwen3"),
+    ("training step, gpt2", "train_step.py"): lambda: training_rows("gpt2"),
+    ("decoding and reading prompts", "decode.py"): decode_rows,
+    ("tiled attention on a CPU", "attention.py"): attention_rows,
+    ("training on a GPU", "gpu.sh"): gpu_rows,
+    ("time to quality", "time_to_quality.py"): time_to_quality_rows,
+    ("batches from disk", "loader.py"): loader_rows,
+    ("corpus to shards", "tokenize.py"): tokenize_rows,
+}
+
+
+def rows_of(what: str, script: str, make) -> list[list[str]]:
+    "Rows of one script; a line that says so where its file is missing or of another format."
+    try:
+        rows = [[str(cell) for cell in row] for row in make()]
+        assert rows and all(len(row) == 5 for row in rows)
+        return rows
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError):
+        return [[what, NOT_MEASURED, f"`bench/{script}`", "", ""]]
 
 
 def bench() -> str:
     "One row a measurement: what, ours, theirs, ratio, target."
-    rows = [*train_step_rows("qwen3"), *train_step_rows("gpt2"), *decode_rows(), *gpu_rows(),
-            *time_to_quality_rows(), *loader_rows(), *tokenize_rows()]
+    rows = [row for (what, script), make in SOURCES.items() for row in rows_of(what, script, make)]
     return table(["what", "Skylar", "the other side", "ratio", "target"], rows)
 
 
 def machine() -> str:
     "Where the numbers were measured."
-    header = result("train_step_qwen3")
-    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if k != "skylar")
-    m = header["machine"]
-    return f"Measured on {m['cpu']}, {m['cores']} cores, {m['system']}; {versions}."
+    try:
+        header = result("train_step_qwen3")
+        versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items() if k != "skylar")
+        m = header["machine"]
+        return f"Measured on {m['cpu']}, {m['cores']} cores, {m['system']}; {versions}."
+    except (OSError, LookupError, ValueError, TypeError, AttributeError):
+        return "Not measured."
 
 
 TABLES = {"lessons": lessons, "bench": bench, "machine": machine}
@@ -149,13 +247,13 @@ def filled(text: str) -> str:
 
 def main() -> int:
     readme = ROOT / "README.md"
-    old = readme.read_text()
+    old = readme.read_text(encoding="utf-8")
     new = filled(old)
     if "--check" in sys.argv:
         if new != old:
             print("README.md: tables are stale; run `python tools/readme_table.py`")
         return int(new != old)
-    readme.write_text(new)
+    readme.write_text(new, encoding="utf-8")
     return 0
 
 
