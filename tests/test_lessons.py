@@ -325,9 +325,10 @@ def imports_only_earlier_lessons(lesson: Lesson) -> Iterator[str]:
     before = course.lessons[: course.lessons.index(lesson)]
     library = [nb for nb in course.notebooks if not nb.numbered and nb.floor <= lesson.floor]
     known = {f"skylar.{nb.module}" for nb in before + library} | {"skylar.viz", "skylar"}
-    if appended_modules([c.source for c in lesson.code]):  # what it adds may use its own module
-        known |= {f"skylar.{lesson.module}"}
-    for module, name in lesson.imports:
+    added = [c.source for c in lesson.code if appended_modules([c.source])]
+    own = {pair for source in added for pair in imported(source)
+           if pair[0] == f"skylar.{lesson.module}"}  # what it adds elsewhere may use its module
+    for module, name in [pair for pair in lesson.imports if pair not in own]:
         if not re.match(r"skylar\b|\.", module):
             continue
         if module not in known and f"{module}.{name}" not in known:

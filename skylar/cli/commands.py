@@ -126,6 +126,7 @@ def tokenizer_train(
     *,
     out: str,  # folder to make; transformers' AutoTokenizer opens it too
     vocab_size: int = 40_960,  # tokens in the vocabulary
+    text_field: str = "text",  # where .jsonl and .parquet have the text
 ) -> None:
     """Learn a byte-level BPE vocabulary from a corpus.
 
@@ -135,9 +136,13 @@ def tokenizer_train(
     from skylar.data.sources import documents
     from skylar.data.tokenizer import BPETokenizer
     from skylar.utils.files import check_empty
+    from skylar.utils.progress import track
 
     check_empty(out)
-    bpe = BPETokenizer.train(documents(source), vocab_size=vocab_size)
+    stream = documents(source, text_field)
+    texts = track(stream, "reading for the tokenizer", show=sys.stderr.isatty())
+    bpe = BPETokenizer.train(texts, vocab_size=vocab_size)
+    print(stream.summary())
     bpe.save(out)
     print(f"{out}: {bpe.vocab_size:,} tokens, fingerprint {bpe.fingerprint[:12]}")
 
@@ -346,11 +351,12 @@ def export(
     *,
     model: str,  # folder of a run or a model, or a hub id owner/name
     out: str,  # folder to make, in Hugging Face's format
+    gguf: str | None = None,  # a .gguf file to write, too: llama.cpp runs it
     push: str | None = None,  # hub id, owner/name, to upload it to as a private model
 ) -> None:
     """Write a trained model in Hugging Face's format. It becomes config.json, safetensors,
     tokenizer and chat template; transformers opens them without Skylar, unless the model's
-    family is skylar.
+    family is skylar. llama.cpp runs the file of --gguf.
 
     Example:
       skylar export --model runs/first --out exported
@@ -366,6 +372,10 @@ def export(
     if read_json(Path(out, "config.json"))["model_type"] == "skylar":
         print("no class of transformers has this architecture: to open it there, install "
               "Skylar and `import skylar.models.auto` first")
+    if gguf:
+        from skylar.models.gguf import convert_to_gguf
+
+        show_summary({gguf: f"{convert_to_gguf(out, gguf).stat().st_size:,} bytes"})
     if push:
         print(f"uploaded: {push_to_hub(lm, push, tokenizer)}")
     print("now try:", command_line("skylar", "generate", "--model", out, "--prompt", "..."))
