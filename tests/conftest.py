@@ -6,6 +6,7 @@ what is slow is a matter of measurement (`pytest --durations=30`), not of a test
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# a shell that runs tests in the background ignores these for them, and for all that they start
+for number, usual in ((signal.SIGINT, signal.default_int_handler),
+                      (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 SLOW = {  # file -> its tests that take seconds: processes, compilers, a model of 135M parameters
     "test_docs": {
