@@ -15,11 +15,12 @@ from gpu_common import (
     build_model,
     mean_loss,
     measure,
-    next_token_objective,
     parse,
     random_batch,
     seconds,
 )
+
+from skylar.training.loss import NextTokenObjective
 
 SHAPE = dict(vocab_size=1024, n_layers=4, d_ff=64)
 TOLERANCE = 2e-3
@@ -33,7 +34,7 @@ def relative_error(found, expected) -> float:
 
 def gradients(model, batch) -> list[torch.Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return list(torch.autograd.grad(mean_loss(next_token_objective(model)(batch)), parameters))
+    return list(torch.autograd.grad(mean_loss(NextTokenObjective(model)(batch)), parameters))
 
 
 def errors(flex, dense, batch, backward: bool) -> dict:
@@ -50,7 +51,7 @@ def errors(flex, dense, batch, backward: bool) -> dict:
 
 def times(model, batch, device: str, backward: bool, rounds: int) -> tuple[float, float | None]:
     """Milliseconds forward, and forward with backward."""
-    objective = next_token_objective(model)
+    objective = NextTokenObjective(model)
 
     def forward():
         with torch.no_grad(), torch.autocast(device, torch.bfloat16):

@@ -4,6 +4,7 @@
 what is slow is a matter of measurement (`pytest --durations=30`), not of a test's meaning.
 """
 
+import contextlib
 import copy
 import os
 import signal
@@ -12,6 +13,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+with contextlib.suppress(ImportError):  # before anything imports the standard library's
+    import setuptools  # noqa: F401     # distutils: PyTorch's compiler insists on setuptools' own
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,9 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
-from gpu_common import mean_loss, next_token_objective, random_batch  # noqa: E402
+from gpu_common import mean_loss, random_batch  # noqa: E402
 
 from skylar.inference.generate import generate  # noqa: E402
+from skylar.training.loss import NextTokenObjective  # noqa: E402
 from skylar.training.optim import AdamWConfig  # noqa: E402
 
 DEVICE = os.environ.get("SKYLAR_GPU_TESTS", "cuda")
@@ -45,7 +46,7 @@ def pair(request, tiny_model):
 
 
 def loss_and_gradients(model, batch, compiled=False, dtype=None):
-    objective = next_token_objective(model)
+    objective = NextTokenObjective(model)
     if compiled:  # a C++ compiler would take minutes on the CPU
         backend = "inductor" if DEVICE == "cuda" else "aot_eager"
         objective = torch.compile(objective, backend=backend)
@@ -116,7 +117,7 @@ def test_a_small_model_learns(tiny_model):
     model = tiny_model("qwen3", vocab_size=V).to(DEVICE).train()
     optimizer = AdamWConfig(lr=1e-2).build(model)
     batch = random_batch(V, B, T, False, DEVICE)
-    objective, losses = next_token_objective(model), []
+    objective, losses = NextTokenObjective(model), []
     for _ in range(30):
         with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
             loss = mean_loss(objective(batch))
