@@ -84,8 +84,10 @@ def build_tiny(family: str, **overrides):
     from skylar.models.decoder import CausalLM
     from skylar.models.presets import get_config
 
-    heads = dict(n_kv_heads=TINY["n_heads"]) if family == "gpt2" else {}
-    config = get_config("test", family=family, **(TINY | heads | overrides))
+    sizes = TINY | overrides
+    if family == "gpt2":  # it has no key-value heads of their own
+        sizes.pop("n_kv_heads")
+    config = get_config("test", family=family, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return CausalLM(config)
