@@ -115,7 +115,7 @@ def chapter_title(folder: str) -> str:
 
 
 def menu_entry(page: str, nb: NotebookNode) -> str:
-    """`03 Attention <00_transformer/03_attention>`: a lesson's number and its title."""
+    """`05 Attention <00_transformer/05_attention>`: a lesson's number and its title."""
     title = re.match(r"# (?:\d+\W+)?(.*)", nb.cells[0].source)[1]
     number = re.match(r"\d*", Path(page).name)[0]
     return f"{number} {title} <{page}>".strip()

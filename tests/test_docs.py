@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "docs"))  # before an installed `build`
 import api  # noqa: E402
 import build  # noqa: E402
 
-LESSON = build.NBS / "00_transformer" / "03_attention.ipynb"
+LESSON = build.NBS / "00_transformer" / "05_attention.ipynb"
 
 
 def on_the_web(*cells):
@@ -51,10 +51,10 @@ def test_ordinary_calls_are_no_controls():
 
 def test_links_lead_to_pages_of_the_site():
     text = (
-        "[next](03_attention.ipynb) [site](https://example.com) [guide](../../README.md) [top](#x)"
+        "[next](05_attention.ipynb) [site](https://example.com) [guide](../../README.md) [top](#x)"
     )
     (cell,) = on_the_web(new_markdown_cell(text))
-    assert cell.source == "[next](03_attention.ipynb) [site](https://example.com) guide [top](#x)"
+    assert cell.source == "[next](05_attention.ipynb) [site](https://example.com) guide [top](#x)"
 
 
 def test_modules_lead_to_their_pages():
@@ -99,9 +99,9 @@ def test_api_page_has_signature_docstring_and_parameters():
 def test_api_page_of_a_real_module():
     from skylar.layers import attention
 
-    text = api.page(attention, ["00_transformer/03_attention.ipynb", "01_b/00_more.ipynb"])
+    text = api.page(attention, ["00_transformer/05_attention.ipynb", "01_b/00_more.ipynb"])
     assert text.startswith("# skylar.layers.attention")
-    first = "[03_attention](../00_transformer/03_attention.ipynb)"
+    first = "[05_attention](../00_transformer/05_attention.ipynb)"
     assert f"measured in {first}, [00_more](../01_b/00_more.ipynb)." in text
     assert all(f"## {name}\n" in text for name in attention.__all__)
 
@@ -109,7 +109,7 @@ def test_api_page_of_a_real_module():
 @pytest.mark.parametrize(
     ("page", "entry"),
     [
-        ("00_transformer/03_attention", "03 Attention <00_transformer/03_attention>"),
+        ("00_transformer/05_attention", "05 Attention <00_transformer/05_attention>"),
         ("library/files", "Attention <library/files>"),
         ("cli", "Attention <cli>"),
     ],
@@ -139,6 +139,6 @@ def test_every_notebook_and_every_module_has_a_page(site):
 
 def test_pages_of_the_site(site):
     home = (site / "index.html").read_text()
-    assert "00_transformer/03_attention.html" in home and "mermaid" in home
-    lesson = (site / "00_transformer" / "03_attention.html").read_text()
+    assert "00_transformer/05_attention.html" in home and "mermaid" in home
+    lesson = (site / "00_transformer" / "05_attention.html").read_text()
     assert "vendor/mathjax" in lesson and "#| export" not in lesson

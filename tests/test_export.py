@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "nbdev_commands")]
 from check_export import differences  # noqa: E402
 from nbdev_commands import export, misplaced, notebooks  # noqa: E402
 
-LESSON = "nbs/00_transformer/04_positions.ipynb"
+LESSON = "nbs/00_transformer/10_positions.ipynb"
 MODULE = "skylar/layers/positions.py"
 
 

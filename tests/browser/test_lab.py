@@ -19,7 +19,7 @@ NAMES = sorted(
     for p in NBS.rglob("*.ipynb")
     if ".ipynb_checkpoints" not in p.parts
 )
-LESSON = "00_transformer/03_attention.ipynb"
+LESSON = "00_transformer/05_attention.ipynb"
 
 
 @pytest.fixture(scope="module")

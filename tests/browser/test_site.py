@@ -76,7 +76,7 @@ def test_page_looks_right(browser, address, page):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("page", ["index.html", "00_transformer/03_attention.html"])
+@pytest.mark.parametrize("page", ["index.html", "00_transformer/05_attention.html"])
 def test_page_fits_a_telephone(browser, address, page):
     found = complaints(browser, f"{address}/{page}", width=390)
     assert not found, "\n".join(found)
