@@ -723,6 +723,7 @@ def _model(name: str) -> Mapping:
 def _chosen(highlight: str | Sequence[str]) -> set[str]:
     "Parts to highlight; `ValueError` for a name that no part has."
     chosen = {highlight} if isinstance(highlight, str) else set(highlight)
+    chosen |= {"final_norm"} if "norm" in chosen else set()
     if unknown := sorted(chosen - set(PARTS)):
         raise ValueError(f"no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
     return chosen
@@ -741,8 +742,7 @@ def _detailed(model: Mapping) -> list[tuple[str, str, str]]:
 
 def _differences(before: Mapping, model: Mapping) -> set[str]:
     "Parts whose description differs; sizes alone make no difference."
-    found = {part for part in PARTS if before.get(part) != model.get(part)}
-    return found | ({"final_norm"} if "norm" in found else set())
+    return _chosen([part for part in PARTS if before.get(part) != model.get(part)])
 
 
 def architectures(*names: str) -> Schematic:
