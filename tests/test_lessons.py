@@ -348,7 +348,7 @@ def merges_streams(lesson: Lesson) -> Iterator[str]:
     for cell in lesson.code:
         kinds = [(o.output_type, o.get("name")) for o in cell.outputs]
         if any(a == b and a[0] == "stream" for a, b in zip(kinds, kinds[1:])):
-            yield f"{where(lesson, cell)}: {len(kinds)} outputs to merge: run tools/lessons.py"
+            yield f"{where(lesson, cell)}: {len(kinds)} outputs: run `tools/lessons.py tidy`"
 
 
 def cells_are_short(lesson: Lesson) -> Iterator[str]:
