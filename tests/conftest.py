@@ -29,6 +29,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     "test_docs": {
         "test_every_notebook_and_every_module_has_a_page",
         "test_pages_of_the_site",
+        "test_solutions_are_closed_on_the_site",
     },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
