@@ -1,22 +1,24 @@
 """The strongest simple n-gram tables of Shakespeare's bytes, judged on the held-out plays.
 
-    python tools/ngram_baseline.py          # writes assets/ngram.json, about a minute and a half
+    python tools/ngram_baseline.py          # writes assets/ngram.json, about half a minute
     python tools/ngram_baseline.py --orders 6 --dry
 
-An n-gram table of order n predicts a byte from the n - 1 bytes before it. Four ways to deal with
-what it has never seen, each with its one number tuned on the last tenth of the *training* text,
-then counted again on all of it:
+An n-gram table of order n predicts a byte from the n - 1 bytes before it. Five ways to deal with
+what it has never seen, each with its number tuned for each order on the last tenth of the
+*training* text, and then counted again on all of it:
 
 - add-constant: (c + a) / (N + a V), the usual first baseline
 - witten-bell: interpolated with the next shorter order; the more different bytes followed a
   context, the more the shorter one counts (Witten and Bell 1991), times a constant
 - kneser-ney: a discount off every count, and shorter orders that count in how many contexts
   a byte occurred, not how often (Kneser and Ney 1995, interpolated)
-- modified kneser-ney: three discounts from the counts of counts, nothing tuned (Chen and
+- modified kneser-ney: three discounts, from the counts of counts; nothing is tuned (Chen and
   Goodman 1999)
+- pitman-yor: the same with a strength added to every context's count, as in the hierarchical
+  Pitman-Yor model (Teh 2006)
 
-The held-out plays never decide anything but the numbers in the file. Same text, same numbers on
-every machine: counts are whole numbers, and results are rounded to four digits.
+The held-out plays decide nothing but the numbers in the file. Same text, same numbers on every
+machine: counts are whole numbers, and results are rounded to four digits.
 """
 
 import argparse
@@ -29,10 +31,11 @@ import numpy as np
 
 OUT = Path(__file__).parents[1] / "assets" / "ngram.json"
 GRID = {
-    "add-constant": (1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-    "witten-bell": (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0),
-    "kneser-ney": (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
+    "add-constant": (1e-4, 1e-3, 3e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    "witten-bell": (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0),
+    "kneser-ney": (0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.99),
     "modified kneser-ney": (None,),
+    "pitman-yor": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0, 32.0),
 }
 
 
@@ -95,17 +98,12 @@ def add_constant(order: Order, a: float, n_bytes: int) -> np.ndarray:
     return (order.gram + a) / (order.context + a * n_bytes)
 
 
-def interpolate(order: Order, shorter: np.ndarray, discounts, weight: float | None) -> np.ndarray:
-    """Counts less `discounts` (of 1, 2, 3 and more), and what is left for the shorter order's
-    probabilities. With a `weight`, Witten-Bell: nothing is taken off, the denominator grows."""
-    if weight is not None:
-        room = weight * order.followers.sum(0)
-        taken = 0.0
-    else:
-        room = np.asarray(discounts) @ order.followers
-        taken = np.concatenate([[0.0], discounts])[np.minimum(order.gram, 3)]
-    total = order.context + (0 if weight is None else room)
-    p = (order.gram - taken + room * shorter) / np.maximum(total, 1e-9)
+def interpolate(order: Order, shorter, discounts=(0.0, 0.0, 0.0), extra=0.0) -> np.ndarray:
+    """(counts less `discounts` of 1, 2, 3 and more) + room * (the shorter order's probability),
+    divided by what makes the sum 1. `extra` is added to the room: what Witten-Bell does."""
+    taken = np.array([0.0, *discounts])[np.minimum(order.gram, 3)]
+    room = np.asarray(discounts) @ order.followers + extra
+    p = (order.gram - taken + room * shorter) / np.maximum(order.context + extra, 1e-9)
     return np.where(order.context > 0, p, shorter)
 
 
@@ -117,22 +115,27 @@ def chen_goodman(order: Order) -> np.ndarray:
                    0.05, [1, 2, 3])
 
 
-def probabilities(kind: str, setting, counted, orders: int) -> list[np.ndarray]:
-    """For orders 1 to `orders`: the probability that a table gives each byte of the test text."""
+def smoothed(kind: str, setting, order: Order, shorter, n_bytes: int) -> np.ndarray:
+    """One order's probabilities, given the shorter order's."""
+    if kind == "add-constant":  # has no use for the shorter one
+        return add_constant(order, setting, n_bytes)
+    if kind == "witten-bell":
+        return interpolate(order, shorter, extra=setting * order.followers.sum(0))
+    if kind == "kneser-ney":
+        return interpolate(order, shorter, [setting] * 3)
+    return interpolate(order, shorter, chen_goodman(order), setting or 0.0)
+
+
+def probabilities(kind: str, setting, counted) -> list[np.ndarray]:
+    """For orders 1, 2, ...: the probability of each byte of the test text."""
     plain, continuation, n_bytes = counted
-    if kind == "add-constant":
-        return [add_constant(order, setting, n_bytes) for order in plain[:orders]]
-    kneser_ney = kind != "witten-bell"
     shorter, found = 1 / n_bytes, []
-    for longest, reduced in list(zip(plain, continuation))[:orders]:
-        for_top = chen_goodman(longest) if setting is None else [setting] * 3
-        top = interpolate(longest, shorter, for_top, None if kneser_ney else setting)
-        found.append(top)
-        if not kneser_ney:
-            shorter = top
-        else:
-            below = chen_goodman(reduced) if setting is None else [setting] * 3
-            shorter = interpolate(reduced, shorter, below, None)
+    for order, reduced in zip(plain, continuation):
+        found.append(smoothed(kind, setting, order, shorter, n_bytes))
+        if kind in ("add-constant", "witten-bell"):
+            shorter = found[-1]
+        else:  # below the top, contexts are counted
+            shorter = smoothed(kind, setting, reduced, shorter, n_bytes)
     return found
 
 
@@ -141,16 +144,9 @@ def bits(probability: np.ndarray) -> float:
     return float(-np.log2(probability).mean())
 
 
-def evaluate(train: bytes, test: bytes, orders: int, tuned: dict) -> list[dict]:
-    """A row for each kind and order; `tuned[kind][order - 1]` is its number."""
-    counted = count(train, test, orders)
-    rows = []
-    for kind, settings in tuned.items():
-        by_setting = {s: probabilities(kind, s, counted, orders) for s in set(settings)}
-        for i, setting in enumerate(settings):
-            rows.append({"kind": kind, "order": i + 1, "setting": setting,
-                         "bits_per_byte": round(bits(by_setting[setting][i]), 4)})
-    return rows
+def scores(kind: str, setting, counted) -> list[float]:
+    """Bits per byte of orders 1, 2, ..."""
+    return [bits(p) for p in probabilities(kind, setting, counted)]
 
 
 def tune(train: bytes, orders: int, share: float = 0.1) -> dict[str, list]:
@@ -159,16 +155,27 @@ def tune(train: bytes, orders: int, share: float = 0.1) -> dict[str, list]:
     counted = count(train[:cut], train[cut:], orders)
     best = {}
     for kind, grid in GRID.items():
-        scores = [[bits(p) for p in probabilities(kind, s, counted, orders)] for s in grid]
-        best[kind] = [grid[int(np.argmin(column))] for column in zip(*scores)]
+        table = np.array([scores(kind, s, counted) for s in grid])  # (settings, orders)
+        best[kind] = [grid[i] for i in table.argmin(0)]
     return best
+
+
+def evaluate(train: bytes, test: bytes, tuned: dict[str, list]) -> list[dict]:
+    """A row for each kind and order; `tuned[kind][order - 1]` is its number."""
+    counted = count(train, test, max(map(len, tuned.values())))
+    rows = []
+    for kind, settings in tuned.items():
+        found = {s: scores(kind, s, counted) for s in set(settings)}
+        rows += [{"kind": kind, "order": i + 1, "setting": s,
+                  "bits_per_byte": round(found[s][i], 4)} for i, s in enumerate(settings)]
+    return rows
 
 
 def main(orders: int, dry: bool) -> None:
     from skylar.data.held_out import train_text, val_text
 
     train, test = train_text().encode(), val_text().encode()
-    rows = evaluate(train, test, orders, tune(train, orders))
+    rows = evaluate(train, test, tune(train, orders))
     best = {kind: min((r for r in rows if r["kind"] == kind), key=lambda r: r["bits_per_byte"])
             for kind in GRID}
     strongest = min(best.values(), key=lambda r: r["bits_per_byte"])
@@ -190,7 +197,7 @@ def main(orders: int, dry: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--orders", type=int, default=10)
+    parser.add_argument("--orders", type=int, default=12)
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
     main(args.orders, args.dry)
