@@ -29,7 +29,7 @@ from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig, count_parameters
 
 LENGTH, BATCH, LR = 64, 16, 3e-3  # characters of a window, windows of a batch, peak rate
-STEPS = (100, 250, 1000, 4000)  # lengths of a run, each with a schedule of its own
+STEPS = (100, 400, 1600)  # lengths of a run, each with a schedule of its own
 
 
 def decoder(vocab_size: int, d_model: int, attention, ffn) -> DecoderConfig:
@@ -107,7 +107,7 @@ def train(config: DecoderConfig, seed: int, steps: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
