@@ -19,7 +19,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from common import record
-from skylar.data.held_out import train_text, val_text
+from skylar.data.held_out import train_plays, val_plays
 from skylar.utils.lesson import mean_interval
 
 from skylar.layers.block import BlockConfig
@@ -65,7 +65,7 @@ VARIANTS = {"ffn": ffn_variants, "kv_heads": kv_head_variants}  # the first one 
 @cache
 def plays() -> tuple[torch.Tensor, torch.Tensor, int, float]:
     """Training and held-out characters as ids, the number of ids, held-out characters per byte."""
-    train, held_out = train_text(), val_text()
+    train, held_out = "".join(train_plays()), "".join(val_plays())
     chars = {c: i for i, c in enumerate(sorted(set(train + held_out)))}
     ids = (torch.tensor([chars[c] for c in text]) for text in (train, held_out))
     return *ids, len(chars), len(held_out) / len(held_out.encode())
