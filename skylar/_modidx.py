@@ -739,8 +739,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'skylar/layers/attention.py'),
                                          'skylar.layers.attention.causal_mask': ( '00_transformer/attention.html#causal_mask',
                                                                                   'skylar/layers/attention.py'),
-                                         'skylar.layers.attention.flash_attention': ( '00_transformer/attention.html#flash_attention',
-                                                                                      'skylar/layers/attention.py'),
                                          'skylar.layers.attention.head_sizes': ( '00_transformer/masks.html#head_sizes',
                                                                                  'skylar/layers/attention.py'),
                                          'skylar.layers.attention.init_linear': ( '00_transformer/masks.html#init_linear',
