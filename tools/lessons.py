@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -99,6 +100,42 @@ def refuse_errors(nb) -> None:
                 raise CellExecutionError(text, output.ename, output.evalue)
 
 
+def merge_streams(outputs: list) -> list:
+    "Text printed piece by piece, such as a chat's tokens, as one output; else a page breaks lines."
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if last and output.output_type == last.output_type == "stream" and (
+            output.name == last.name
+        ):
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def twice(nb):
+    "The notebook with all cells a second time: what a reader does who runs all cells again."
+    again = deepcopy(nb.cells)
+    for cell in again:
+        cell.id = f"{cell.id}-2"
+        if cell.cell_type == "code" and cell.source.strip():
+            cell.source += "\n# (this cell's second run in one kernel)"  # seen in an error
+    nb.cells += again
+    return nb
+
+
+def probes(nb) -> list:
+    "A cell for each exercise, which fails if the check accepts the skeleton as it came."
+    from nbformat.v4 import new_code_cell
+
+    from skylar.cli.lesson import exercises
+
+    code = "try:\n    {}\nexcept Exception:\n    pass\nelse:\n    raise RuntimeError({!r})"
+    found = ((e.call, f"{e.check} accepts the skeleton as it came") for e in exercises(nb))
+    return [new_code_cell(code.format(*pair)) for pair in found]
+
+
 def tidy(nb):
     "Drop what differs between two identical runs, and widget views that need a kernel."
     count = 0
@@ -108,6 +145,7 @@ def tidy(nb):
             continue
         if any(WIDGET in o.get("data", {}) for o in cell.outputs):
             cell.outputs = []  # the static picture beside it stays
+        cell.outputs = merge_streams(cell.outputs)
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
