@@ -60,12 +60,13 @@ def tile_scores(q, k, rows, cols, causal):
 
 # %% ../../nbs/00_transformer/06_flash_attention.ipynb #e275e071
 def flash_forward(q, k, v, block, causal):
-    "Output and log-sum-exp (B, H, T, 1) (Dao et al. 2022, in the loop order of Dao 2023)."
+    "Output, log-sum-exp (B, H, T, 1): Dao et al. 2022, in the loop order of Dao 2023."
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty(*q.shape[:-1], 1, dtype=torch.promote_types(q.dtype, torch.float32))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(*q.shape[:-1], 1, dtype=wide)
     for rows, columns in visible_tiles(q.shape[-2], k.shape[-2], block, causal):
         m = torch.full_like(lse[..., rows, :], -math.inf)
-        l, o = torch.zeros_like(m), torch.zeros_like(out[..., rows, :], dtype=m.dtype)
+        l, o = torch.zeros_like(m), torch.zeros_like(out[..., rows, :], dtype=wide)
         for cols in columns:
             scores = tile_scores(q, k, rows, cols, causal)
             m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
@@ -120,7 +121,7 @@ def flash_attention(
     block: int = 64,  # queries and keys of a tile
     causal: bool = False,
 ) -> Tensor:  # (B, H, T, Dv)
-    "Exact attention that holds one (block, block) tile of scores, forward and backward."
+    "Exact attention that holds one (block, block) tile of scores at a time."
     batch = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (t.expand(*batch, *t.shape[-2:]) for t in (q, k, v))
     return FlashAttention.apply(q, k, v, block, causal)
