@@ -3,8 +3,9 @@
     python tools/lessons.py run [NB ...]     # all lessons, or the ones named; stores outputs
     python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json,
                                              # where lessons not named keep their seconds
+    python tools/lessons.py tidy [NB ...]    # tidies stored outputs without running anything
 
-Both obey nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
+The first two obey nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
 without a kernel a stored view is an error message, and the static picture beside it stays.
 """
 
@@ -85,9 +86,11 @@ def execute(path: Path):
 
 def smaller(png: str) -> str:
     "A plot with 256 colors instead of 16 million: looks the same, a third of the bytes."
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == "P":  # it has been here before
+        return png
     out = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
 
 
@@ -174,10 +177,14 @@ def run(paths: list[Path]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["run", "time"])
+    parser.add_argument("action", choices=["run", "time", "tidy"])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every lesson")
     args = parser.parse_args()
     paths = [p.resolve() for p in args.notebooks] or lessons()
+    if args.action == "tidy":
+        for path in paths:
+            nbformat.write(tidy(nbformat.read(path, as_version=4)), path)
+        return
     seconds = run(paths)
     if args.action == "time":
         sys.path.insert(0, str(ROOT / "bench"))
