@@ -138,8 +138,8 @@ class CausalLM(nn.Module):
         self.model.attention_backend = check_choice("attention backend", name, CHOICES)
 
     def forward(self, input_ids: Tensor,  # (B, T) token ids
-                position_ids: Tensor | None = None,  # (B, T); None: from 0 in each
-                document_ids: Tensor | None = None,  # (B, T); None: one in a sequence
+                position_ids: Tensor | None = None,  # (B, T); None: counted from 0
+                document_ids: Tensor | None = None,  # (B, T); None: a single one
                 cache=None,  # a KVCache, to which the new tokens are added
                 ) -> Tensor:  # (B, T, V) logits
         return self.lm_head(self.model(input_ids, position_ids, document_ids, cache))
