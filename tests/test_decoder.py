@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from skylar.layers.attention import AttentionConfig
+from skylar.layers.attention_backends import restarting_positions
 from skylar.layers.block import BlockConfig
 from skylar.layers.mlp import MLPConfig
 from skylar.layers.norm import LayerNormConfig
@@ -23,7 +24,6 @@ from skylar.models.decoder import (
     count_parameters,
     flops_per_token,
     matmul_parameters,
-    restarting_positions,
 )
 from skylar.models.families.gpt2 import GPT2Config
 
