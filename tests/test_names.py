@@ -1,7 +1,9 @@
-"""Names are the field's: words that were retired stay out of the code.
+"""Names are the field's: words that were retired stay out of the code, and out of lessons.
 
 Identifiers, comments, docstrings, help and error texts of the package, the benchmarks and the tools
-are read token by token. A finding says file:line and what to write instead.
+are read token by token. A finding says file:line and what to write instead. All word lists stand
+here; `tests/test_lessons.py` reads text and code of the rewritten lessons with `retired_in_text`
+and `retired_in_lesson`.
 """
 
 import io
@@ -102,6 +104,32 @@ WORDS = {  # whole words in texts, and between the underscores of identifiers; a
     r"likeliest": "most likely, argmax",
 }
 
+PERSONS = (  # what has no ears and no wishes
+    "word|token|character|position|head|key|query|value|vector|matrix|layer|neuron|score|weight"
+)
+PROSE = {  # in the text of lessons and in strings and comments of their code; any case
+    r"hears?|heard|listen(?:s|ed|ing)?": "attends to",
+    rf"(?:{PERSONS})s? (?:that |which )?"
+    r"(?:asks?|answers?|wants?|knows?|thinks?|speaks?|says?|talks?|sits?|believes?)":
+        "query, key, attends to, holds: tensors are no persons",
+    r"(?:model|network|GPT)s? (?:that )?(?:speaks?|says?|talks?|thinks?)": "generates, predicts",
+    r"it (?:speaks?|talks)": "generates",
+    r"looks? at whom|who looks at": "attends to, mask",
+    r"shares? of (?:the )?attention": "attention weight",
+    r"mixtures? of (?:the |all )?(?:notes?|values?)": "weighted sum of the values",
+    r"(?:what|as) (?:this|the) run says": "result",
+    r"where (?:it|each|every|a|the)(?: \w+)? (?:stands|sits)": "position",
+    r"(?:sits?|sat) down": "is written to",
+    r"loud(?:er|est|ness)?": "magnitude",
+    r"bends?|bent": "nonlinearity",
+    r"(?<!back\s)doors?": "gate",
+    r"entrances?": "embedding",
+    r"troubles?": "problem",
+    r"(?:hot|cold) (?:ends?|sides?|temperatures?|sampling)": "high and low temperature",
+    r"packed weights?": "fused, prepacked or quantized weights",
+}
+DASHES = re.compile(r"—|(?<=\w )–(?= \w)")
+
 BRITISH = [  # stems; any case
     r"(?:"
     r"capital|categor|character|custom|equal|final|formal|general|global|harmon|initial|local|"
@@ -123,6 +151,15 @@ TEXTS = [
     *((re.compile(rf"\b(?:{old})\b", re.I), new) for old, new in WORDS.items()),
     *((re.compile(rf"\b(?:un|re|pre|de)?-?{old}", re.I), "American spelling") for old in BRITISH),
 ]
+SPACE = r"(?: +| *\n *)"  # a line may end between two words, a paragraph may not
+PROSE_TEXTS = [
+    *TEXTS,
+    *(
+        (re.compile(rf"\b(?:{old})\b".replace(" ", SPACE), re.I), new)
+        for old, new in PROSE.items()
+    ),
+    (DASHES, "a comma, a colon or a full stop"),
+]
 TEXT_TOKENS = {token.STRING, tokenize.COMMENT} | {
     getattr(token, name) for name in ("FSTRING_MIDDLE",) if hasattr(token, name)
 }
@@ -133,7 +170,9 @@ def spoken(identifier: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_+", " ", identifier).strip()
 
 
-def retired(source: str, models: bool = True) -> Iterator[tuple[int, str, str]]:
+def retired(
+    source: str, models: bool = True, prose: bool = False
+) -> Iterator[tuple[int, str, str]]:
     """(line, what is written there, what to write instead) for each retired word."""
     names = NAMES + MODEL_NAMES * models
     for kind, string, (line, _), *_ in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -144,9 +183,28 @@ def retired(source: str, models: bool = True) -> Iterator[tuple[int, str, str]]:
             text = string
         else:
             continue
-        for old, new in TEXTS:
+        for old, new in PROSE_TEXTS if prose and kind != token.NAME else TEXTS:
             for found in old.finditer(text):
                 yield line + text[: found.start()].count("\n"), found[0], new
+
+
+def retired_in_lesson(source: str) -> Iterator[tuple[int, str, str]]:
+    """Retired words in a lesson's code cell; IPython's magics are not Python."""
+    yield from retired(re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source), models=False, prose=True)
+
+
+def retired_in_text(markdown: str) -> Iterator[tuple[int, str, str]]:
+    """Retired words in a lesson's text: code, maths and where links lead are left out."""
+    text = blanked(markdown)
+    for old, new in PROSE_TEXTS:
+        for found in old.finditer(text):
+            yield 1 + text[: found.start()].count("\n"), " ".join(found[0].split()), new
+
+
+def blanked(markdown: str) -> str:
+    """The text as a reader reads it, on its own lines; labels of mermaid drawings are text."""
+    code = r"```(?!mermaid)\w*\n.*?```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|\]\([^)\n]*\)|https?://\S+"
+    return re.sub(code, lambda m: " \n" * m[0].count("\n") + " ", markdown, flags=re.S)
 
 
 @cache
@@ -196,6 +254,43 @@ def test_exempt_files_still_need_it(name):
 )
 def test_retired_words_are_noticed(source, line, word):
     assert (line, word) in {(found, old) for found, old, _ in retired(source)}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        ("# Attention\n\nThe model speaks.", 3, "model speaks"),
+        ("Each word\nlistens to others.", 2, "listens"),
+        ("What a token\nasks.", 1, "token asks"),
+        ("one — two", 1, "—"),
+        ("one – two", 1, "–"),
+        ("| share of attention | colour |", 1, "share of attention"),
+        ("```mermaid\n  A[\"who hears\"]\n```", 2, "hears"),
+        ("```python\nx\n```\n\n$$y$$ the entrance", 5, "entrance"),
+    ],
+)
+def test_retired_words_in_a_text_are_noticed(text, line, word):
+    assert (line, word) in {(found, old) for found, old, _ in retired_in_text(text)}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`heard`, $loud$, [a back door](the_world/colour.ipynb), 1–2, said, an answer",
+        "A query attends to every earlier key; the attention weight is high.",
+        "## In plain words\n\nThink of words like these.",
+        "| score | – |",
+    ],
+)
+def test_good_texts_pass(text):
+    assert not list(retired_in_text(text))
+
+
+def test_strings_of_a_lesson_are_text_and_magics_are_no_python():
+    source = "%time f()\nax.set_xlabel('share of attention')\ns.arrow(a, b, bend=0.1)"
+    assert [(line, old) for line, old, _ in retired_in_lesson(source)] == [
+        (2, "share of attention")
+    ]
 
 
 @pytest.mark.parametrize(
