@@ -7,7 +7,8 @@ __all__ = ['rejects', 'milliseconds', 'mean_interval', 'train_steps', 'asset']
 
 # %% ../../nbs/library/lesson.ipynb #07e6d519
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -62,17 +63,17 @@ def mean_interval(
 def train_steps(
     model: nn.Module,
     loss_fn: Callable[[nn.Module, object], Tensor],  # loss_fn(model, batch) -> scalar
-    batches: Callable[[], object] | Iterable,  # begun again when it ends
+    batches: Callable[[], object] | Iterable,  # a function without arguments, or a list
     steps: int,
     lr: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
-    "Train `model` with Adam for `steps` batches; the loss at each step."
+    "Train `model` with Adam for `steps` batches (a list is begun again); the loss at each step."
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     losses = []
     model.train()
-    for batch in _endless(batches, steps):
+    for batch in islice(_endless(batches), steps):
         loss = loss_fn(model, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -81,20 +82,17 @@ def train_steps(
     return losses
 
 
-def _endless(batches, steps: int):
-    "`steps` batches; a list is begun again when it ends."
-    if callable(batches):
-        yield from (batches() for _ in range(steps))
-        return
-    found = iter(batches)
-    for n in range(steps):
-        batch = next(found, None)
-        if batch is None:
-            found = iter(batches)
-            batch = next(found, None)
-        if batch is None:
-            raise ValueError(f"batches ended after {n} of {steps} steps")
-        yield batch
+def _endless(batches: Callable[[], object] | Iterable) -> Iterator:
+    "What `batches()` returns, again and again, or the items of `batches`, round and round."
+    while callable(batches):
+        yield batches()
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("there are no batches (left): too few for the steps")
 
 # %% ../../nbs/library/lesson.ipynb #3df69290
 def asset(
