@@ -28,6 +28,8 @@ import api  # noqa: E402
 import lessons  # noqa: E402
 from nbdev_commands import appended_modules, own_module  # noqa: E402
 
+from skylar.cli.lesson import exercises, is_solution  # noqa: E402
+
 VENDOR = {  # in node_modules -> in _static/vendor
     "mathjax/es5/tex-mml-chtml.js": "mathjax/tex-mml-chtml.js",
     "mathjax/es5/output/chtml/fonts": "mathjax/output/chtml/fonts",
@@ -39,6 +41,7 @@ DIRECTIVE = re.compile(r"^[ \t]*#\|.*\n?", re.M)
 WIDGET = re.compile(r"(?:^|[^.\w])(?:interact|interactive_output|slider)\(|@interact\b")
 NOTE = "*In JupyterLab this cell shows a control to move; a web page has no kernel to answer it.*"
 LINK = re.compile(r"\[([^\]]+)\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+CLOSED = "<details><summary>Show the explanation</summary>\n\n{}\n\n</details>"
 MODULE = re.compile(r"`skylar/([\w/]+)\.py`")
 
 
@@ -78,25 +81,40 @@ def module_links(text: str, depth: int) -> str:
     return MODULE.sub(replace, text)
 
 
-def tidy_code(cell: NotebookNode) -> list[NotebookNode]:
+def tidy_code(cell: NotebookNode, exercises: dict[str, str]) -> list[NotebookNode]:
     """A code cell for the web: no directive lines, collapsed where JupyterLab collapses it."""
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
-    if cell.metadata.get("jupyter", {}).get("source_hidden"):
+    if is_solution(cell):
+        close_solution(cell, exercises)
+    elif cell.metadata.get("jupyter", {}).get("source_hidden"):
         cell.metadata["tags"] = [*cell.metadata.get("tags", []), "hide-input"]
     note = [new_markdown_cell(NOTE)] if WIDGET.search(cell.source) else []
     return [cell, *note] if cell.source or cell.outputs else []
 
 
+def close_solution(cell: NotebookNode, exercises: dict[str, str]) -> None:
+    """Code and output of a solution in one closed box that says whose solution it is."""
+    checks = re.findall(r"^(check_\w+)\(", cell.source, re.M)
+    of = next((f" of: {exercises[check]}" for check in checks if check in exercises), "")
+    cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "solution", "hide-cell"})
+    cell.metadata["mystnb"] = {
+        f"code_prompt_{do}": f"{do.capitalize()} the solution{of}" for do in ("show", "hide")
+    }
+
+
 def for_the_web(nb: NotebookNode, path: Path) -> NotebookNode:
     """The notebook without what only nbdev needs, its links leading to pages of the site."""
     depth = len(path.relative_to(NBS).parts) - 1
+    titles = {exercise.check: exercise.title for exercise in exercises(nb)}
     cells = []
     for cell, parsed in zip(nb.cells, dict2nb(nbformat.from_dict(nb)).cells):
         if cell.cell_type == "code":
             if not LEFT_OUT & parsed.directives.keys():
-                cells += tidy_code(cell)
+                cells += tidy_code(cell, titles)
         else:
             cell.source = module_links(web_links(cell.source, path), depth)
+            if is_solution(cell):
+                cell.source = CLOSED.format(cell.source)
             cells.append(cell)
     nb.cells = cells
     nb.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}  # `!command`

@@ -29,6 +29,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     "test_docs": {
         "test_every_notebook_and_every_module_has_a_page",
         "test_pages_of_the_site",
+        "test_solutions_are_closed_on_the_site",
     },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
@@ -38,6 +39,8 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_smollm2_the_rows_that_llama_cpp_permuted",
         "test_the_test_preset_opens_where_skylar_is_not_installed",
     },
+    "test_student": {"test_a_real_lesson_from_start_to_finish"},
+    "test_lessons": {"test_rewritten_lessons_run_twice_and_checks_refuse_skeletons"},
     "test_readme": {"test_shell_block_runs_as_typed", "test_python_block_runs_as_typed"},
     "test_resume": {
         "test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint",

@@ -1,5 +1,6 @@
 """The website's pages: what a lesson loses and keeps on its way there, and what API pages say."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 pytest.importorskip("nbformat", reason="needs nbformat: pip install -e '.[dev]'")
 pytest.importorskip("fastcore", reason="needs nbdev: pip install -e '.[dev]'")
 
+import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,30 @@ def test_collapsed_cells_stay_collapsed():
     hidden = new_code_cell("solution = 1", metadata={"jupyter": {"source_hidden": True}})
     (cell,) = on_the_web(hidden)
     assert cell.metadata["tags"] == ["hide-input"]
+
+
+EXERCISE = [
+    new_markdown_cell("### 1. A window (easy, 5 minutes)"),
+    new_code_cell("def check_window(f): ..."),
+    new_code_cell("def window(): ...\n# check_window(window)"),
+]
+
+
+@pytest.mark.parametrize("source", ["# Solution", "# Solution: check_window"])
+def test_solutions_are_closed_with_their_output(source):
+    """Code and what it prints, in old lessons and in the section Solutions of new ones."""
+    hidden = {"jupyter": {"source_hidden": True}}
+    solution = new_code_cell(f"{source}\ncheck_window(len)", metadata=hidden)
+    *_, cell = on_the_web(*EXERCISE, new_markdown_cell("## Solutions"), solution)
+    assert cell.metadata["tags"] == ["hide-cell", "solution"]
+    prompt = "Show the solution of: A window"
+    assert cell.metadata["mystnb"]["code_prompt_show"] == prompt
+
+
+def test_text_of_a_solution_is_closed():
+    cell = new_markdown_cell("Because.", metadata={"tags": ["solution"]})
+    (cell,) = on_the_web(cell)
+    assert cell.source.startswith("<details>") and "Because." in cell.source
 
 
 @pytest.mark.parametrize(
@@ -142,3 +168,17 @@ def test_pages_of_the_site(site):
     assert "00_transformer/05_attention.html" in home and "mermaid" in home
     lesson = (site / "00_transformer" / "05_attention.html").read_text()
     assert "vendor/mathjax" in lesson and "#| export" not in lesson
+
+
+def test_solutions_are_closed_on_the_site(site):
+    """Every solution of every lesson lies in a box that is not open."""
+    n_solutions = 0
+    for path in build.lessons.lessons():
+        nb = nbformat.read(path, as_version=4)
+        solutions = [c for c in nb.cells if c.cell_type == "code" and build.is_solution(c)]
+        page = (site / path.relative_to(build.NBS)).with_suffix(".html").read_text()
+        boxes = re.findall(r'class="[^"]*\btag_solution\b[^"]*">\s*<(details[^>]*)>', page)
+        assert len(boxes) == len(solutions), path.name
+        assert not [box for box in boxes if " open" in box]
+        n_solutions += len(boxes)
+    assert n_solutions > 50

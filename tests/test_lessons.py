@@ -11,8 +11,10 @@ That a lesson runs, and a rewritten one twice in one kernel, is seen where lesso
 import ast
 import configparser
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections import Counter
@@ -28,8 +30,9 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools" / "nbdev_commands"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tools" / "nbdev_commands")]
 
+import lessons as runner  # noqa: E402
 from nbdev_commands import appended_modules, misplaced, notebooks, own_module  # noqa: E402
 from test_names import retired_in_lesson, retired_in_text  # noqa: E402
 
@@ -340,6 +343,14 @@ def stores_no_widgets(lesson: Lesson) -> Iterator[str]:
             yield f"{where(lesson, cell)}: stores a widget"
 
 
+def merges_streams(lesson: Lesson) -> Iterator[str]:
+    """What is printed token by token is stored as one output; a page breaks lines between two."""
+    for cell in lesson.code:
+        kinds = [(o.output_type, o.get("name")) for o in cell.outputs]
+        if any(a == b and a[0] == "stream" for a, b in zip(kinds, kinds[1:])):
+            yield f"{where(lesson, cell)}: {len(kinds)} outputs: run `tools/lessons.py tidy`"
+
+
 def cells_are_short(lesson: Lesson) -> Iterator[str]:
     for cell in lesson.code:
         if (n := len(cell.source.splitlines())) > MAX_CELL_LINES:
@@ -557,6 +568,7 @@ LESSON_RULES: list[Callable] = [
     ran_in_order,
     has_no_errors,
     stores_no_widgets,
+    merges_streams,
     cells_are_short,
     code_fits_the_page,
     is_small,
@@ -775,6 +787,7 @@ BREAK: list[tuple[Callable, Callable[[Sandbox], None]]] = [
     (has_no_errors, lambda s: s.output(2, "stream", name="stderr", text="UserWarning: slow")),
     (stores_no_widgets, lambda s: s.output(2, "display_data", data={WIDGET: {"model_id": "1"}})),
     (stores_no_widgets, lambda s: s.edit(lambda nb: nb.metadata.update(widgets={}))),
+    (merges_streams, lambda s: [s.output(2, "stream", text=t) for t in ("Ju", "liet")]),
     (cells_are_short, lambda s: s.replace(2, "x = 1", "x = 1\n" * 60)),
     (code_fits_the_page, lambda s: s.replace(2, "x = 1", f"x = '{'a' * 84}'")),
     (is_small, lambda s: s.output(2, "stream", text="a" * 20_000)),
@@ -857,3 +870,41 @@ def test_rule_can_fail(sandbox, rule, damage):
 
 def test_every_rule_is_shown_to_fail():
     assert {rule for rule, _ in BREAK} == set(ALL_RULES)
+
+
+# --- how lessons are executed and stored ---
+
+
+def test_streams_are_merged():
+    pieces = [("stdout", "Ju"), ("stdout", "liet"), ("stderr", "!"), ("stdout", "a"), (None, "x")]
+    outputs = [new_output("stream", name=name, text=text) if name
+               else new_output("display_data", data={"text/plain": text}) for name, text in pieces]
+    cell = new_code_cell("print()", outputs=[*outputs, new_output("stream", text="b")])
+    (cell,) = runner.tidy(new_notebook(cells=[cell])).cells
+    assert [o.get("text") for o in cell.outputs] == ["Juliet", "!", "a", None, "b"]
+
+
+COUNTS = "runs = globals().get('runs', 0) + 1\nassert runs == 1, f'run {runs}'"
+CHECKS = ["def check_one(f):\n    assert {}", "def one(): ...\n# check_one(one)"]
+RUNS = {  # name of a lesson -> (its cells, what must be said about it)
+    "00_transformer/00_text": ([COUNTS], None),  # on the list: runs once
+    "00_a/00_counts": ([COUNTS], "this cell's second run in one kernel"),
+    "00_a/01_weak": ([CHECKS[0].format("f() is None"), CHECKS[1]], "accepts the skeleton"),
+    "00_a/02_good": ([CHECKS[0].format("f() == 1"), CHECKS[1], "import math"], None),
+    "library/counts": ([COUNTS], None),
+}
+
+
+def test_rewritten_lessons_run_twice_and_checks_refuse_skeletons(tmp_path):
+    for name, (sources, _) in RUNS.items():
+        path = tmp_path / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(new_notebook(cells=list(map(new_code_cell, sources))), path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "--noconftest",
+               f"--rootdir={tmp_path}", tmp_path]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    summary = re.findall(r"^FAILED \S*?(\w+/\w+)\.ipynb::", done.stdout, re.M)
+    assert sorted(summary) == sorted(name for name, (_, said) in RUNS.items() if said), done.stdout
+    assert all(said in done.stdout for _, said in RUNS.values() if said)
+    assert "run 2" in done.stdout and "3 passed" in done.stdout

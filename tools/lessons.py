@@ -3,8 +3,9 @@
     python tools/lessons.py run [NB ...]     # all lessons, or the ones named; stores outputs
     python tools/lessons.py time [NB ...]    # the same, and writes bench/results/lessons.json,
                                              # where lessons not named keep their seconds
+    python tools/lessons.py tidy [NB ...]    # tidies stored outputs without running anything
 
-Both obey nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
+The first two obey nbdev's `#| eval: false`. Widgets keep their code and lose their stored view:
 without a kernel a stored view is an error message, and the static picture beside it stays.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -84,9 +86,11 @@ def execute(path: Path):
 
 def smaller(png: str) -> str:
     "A plot with 256 colors instead of 16 million: looks the same, a third of the bytes."
-    image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == "P":  # it has been here before
+        return png
     out = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return min(base64.b64encode(out.getvalue()).decode(), png, key=len)
 
 
@@ -99,6 +103,42 @@ def refuse_errors(nb) -> None:
                 raise CellExecutionError(text, output.ename, output.evalue)
 
 
+def merge_streams(outputs: list) -> list:
+    "Text printed piece by piece, such as a chat's tokens, as one output; else a page breaks lines."
+    merged = []
+    for output in outputs:
+        last = merged[-1] if merged else None
+        if last and output.output_type == last.output_type == "stream" and (
+            output.name == last.name
+        ):
+            last.text += output.text
+        else:
+            merged.append(output)
+    return merged
+
+
+def twice(nb):
+    "The notebook with all cells a second time: what a reader does who runs all cells again."
+    again = deepcopy(nb.cells)
+    for cell in again:
+        cell.id = f"{cell.id}-2"
+        if cell.cell_type == "code" and cell.source.strip():
+            cell.source += "\n# (this cell's second run in one kernel)"  # seen in an error
+    nb.cells += again
+    return nb
+
+
+def probes(nb) -> list:
+    "A cell for each exercise, which fails if the check accepts the skeleton as it came."
+    from nbformat.v4 import new_code_cell
+
+    from skylar.cli.lesson import exercises
+
+    code = "try:\n    {}\nexcept Exception:\n    pass\nelse:\n    raise RuntimeError({!r})"
+    found = ((e.call, f"{e.check} accepts the skeleton as it came") for e in exercises(nb))
+    return [new_code_cell(code.format(*pair)) for pair in found]
+
+
 def tidy(nb):
     "Drop what differs between two identical runs, and widget views that need a kernel."
     count = 0
@@ -108,6 +148,7 @@ def tidy(nb):
             continue
         if any(WIDGET in o.get("data", {}) for o in cell.outputs):
             cell.outputs = []  # the static picture beside it stays
+        cell.outputs = merge_streams(cell.outputs)
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])
@@ -136,10 +177,14 @@ def run(paths: list[Path]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=["run", "time"])
+    parser.add_argument("action", choices=["run", "time", "tidy"])
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: every lesson")
     args = parser.parse_args()
     paths = [p.resolve() for p in args.notebooks] or lessons()
+    if args.action == "tidy":
+        for path in paths:
+            nbformat.write(tidy(nbformat.read(path, as_version=4)), path)
+        return
     seconds = run(paths)
     if args.action == "time":
         sys.path.insert(0, str(ROOT / "bench"))

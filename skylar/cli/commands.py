@@ -6,8 +6,8 @@
 __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable', 'data_fetch', 'data_tokenize', 'data_verify',
            'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'add_model_flags',
            'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate', 'export', 'demo',
-           'draw_loss', 'completion', 'completion_parser', 'command_parser', 'short_help', 'overview', 'find_command',
-           'run_command', 'main', 'note']
+           'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion', 'completion_parser',
+           'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main', 'note']
 
 # %% ../../nbs/cli.ipynb #c047
 import argparse
@@ -432,6 +432,73 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     loss_curve(metrics).figure.savefig(picture)
     print(f"loss curve: {picture}\n")
 
+# %% ../../nbs/cli.ipynb #a1eb46d4
+def lesson_list() -> None:
+    """List the lessons of the course, with the seconds they take and their exercises.
+
+    Example:
+      skylar lesson list
+    """
+    from skylar.cli.lesson import find_course, show_list
+
+    show_list(find_course())
+
+
+def lesson_start(
+    lesson: str,  # attention, 05, 00/05, 00_transformer/05_attention, or a path
+    /,
+    *,
+    out: str = "my_lessons",  # folder for working copies
+    force: bool = False,  # overwrite a copy that exists
+) -> None:
+    """Make a working copy of a lesson, without its solutions and outputs. Solve the
+    exercises in it, then try `skylar lesson check`. A number alone means the first
+    chapter that has it.
+
+    Example:
+      skylar lesson start attention
+    """
+    from skylar.cli.lesson import find_course, find_lesson, lesson_name, others_with, start_lesson
+
+    nbs = find_course()
+    path = find_lesson(lesson, nbs)
+    copy = start_lesson(path, out, force)
+    show_summary({"lesson": lesson_name(path), "your copy": str(copy)})
+    if others := others_with(lesson, path, nbs):
+        print(f"{lesson} is also the number of {' and '.join(others)}")
+    words = ["skylar", "lesson", "check", path.stem.partition("_")[2]]
+    print("now open it in JupyterLab, and try:",
+          command_line(*words, *(["--out", out] if out != "my_lessons" else [])))
+
+
+def lesson_check(
+    lesson: str,  # attention, 05, 00/05, ..., or the path of your copy
+    /,
+    *,
+    out: str = "my_lessons",  # folder of working copies
+) -> int:
+    """Run your working copy of a lesson and check its exercises. It runs from the top in a
+    clean kernel, and each exercise is tried with the check of the original lesson. Exit
+    code 0 if all are correct, else 1.
+
+    Examples:
+      skylar lesson check attention
+      skylar lesson check my_lessons/00_transformer/05_attention.ipynb
+    """
+    from skylar.cli.lesson import (
+        check_copy, copy_path, find_course, find_lesson, lesson_name, seconds_of, show_progress,
+        show_report)
+
+    path = find_lesson(lesson, find_course())
+    copy = Path(lesson) if Path(lesson).is_file() else copy_path(path, out)
+    if not copy.is_file():
+        again = command_line("skylar", "lesson", "start", lesson)
+        raise FileNotFoundError(f"no working copy {copy}; make it with `{again}`")
+    print(f"{lesson_name(path)}: running {copy}, about {seconds_of(path)}", flush=True)
+    report = check_copy(copy, path, show_progress)
+    show_report(report)
+    return 0 if report.ok else 1
+
 # %% ../../nbs/cli.ipynb #c066
 def completion(
     shell: Literal["bash", "zsh", "tcsh"],  # of the script
@@ -480,6 +547,9 @@ COMMANDS = {
     "eval": evaluate,
     "export": export,
     "demo": demo,
+    "lesson list": lesson_list,
+    "lesson start": lesson_start,
+    "lesson check": lesson_check,
     "completion": completion,
 }
 
@@ -489,7 +559,8 @@ def command_parser(name: str) -> Parser:
     function = COMMANDS[name]
     parser = Parser(prog=f"skylar {name}", usage=f"skylar {name} [--flag value ...]",
                     description=inspect.getdoc(function))
-    if function not in (demo, completion):  # these have nothing to configure
+    lesson = (lesson_list, lesson_start, lesson_check)
+    if function not in (demo, completion, *lesson):  # these have nothing to configure
         parser.add_config_flags()
     if function is pretrain:
         add_run_flags(parser)
