@@ -96,8 +96,27 @@ def test_another_recipe_is_refused_and_changes_nothing(lines, data, change):
     assert files(data) == before
 
 
+def test_last_documents_for_validation_and_a_tokenizer_that_has_not_seen_them(tmp_path):
+    (tmp_path / "x").mkdir()
+    for i in range(6):
+        (tmp_path / "x" / f"{i}.txt").write_text("abcabd" * 9 if i < 4 else "xyzxyz" * 9)
+    prepare_data(tmp_path / "x", out=tmp_path / "d", vocab_size=270, val_last=2)
+    tokenizer, parts = open_data(tmp_path / "d")
+    assert [part.n_documents for part in parts.values()] == [4, 2]
+    assert "xyz" in tokenizer.decode(parts["val"][:20].tolist())
+    assert len(tokenizer.encode("xyzxyz")) == 6 > len(tokenizer.encode("abcabd"))
+    with pytest.raises(ValueError, match="was made with val_last 2"):
+        prepare_data(tmp_path / "x", out=tmp_path / "d", vocab_size=270)
+
+
+def test_too_few_documents_for_val_last_are_split_by_share(tmp_path):
+    (tmp_path / "x.txt").write_text("abcabd" * 99)
+    prepare_data(tmp_path / "x.txt", out=tmp_path / "d", vocab_size=270, val_last=4)
+    assert [part.n_documents for part in open_data(tmp_path / "d")[1].values()] == [1, 1]
+
+
 @pytest.mark.parametrize("wrong, message", [
-    (dict(val_fraction=0.0), "val_fraction"), (dict(val_fraction=1.0), "val_fraction"),
+    (dict(val_last=0), "val_last"), (dict(val_fraction=0.0), "val_fraction"), (dict(val_fraction=1.0), "val_fraction"),
     (dict(shard_mb=0), "shard_mb"), (dict(workers=0), "workers"),
 ])
 def test_impossible_settings_leave_nothing(tmp_path, lines, wrong, message):

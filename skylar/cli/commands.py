@@ -384,7 +384,7 @@ def export(
 DEMO = {
     "preset": "test",
     "minutes": 6.0,  # a slow machine makes fewer steps
-    "corpus": {"source": "shakespeare", "vocab_size": 4096},
+    "corpus": {"source": "shakespeare", "vocab_size": 4096, "val_last": 4},
     "model": {"max_seq_len": 256, "init_std": 0.05},
     "loader": {"batch_size": 4, "seq_len": 256},
     "train": {"steps": 3500, "eval_every": 500, "save_every": 500},

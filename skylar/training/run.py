@@ -49,6 +49,7 @@ class CorpusConfig:
     tokenizer: str | None = None  # folder of a trained tokenizer; left out: train one
     vocab_size: int = 40_960  # tokens in the vocabulary, if a tokenizer is trained
     val_fraction: float = 0.05  # share of the documents kept for validation, up to 0.5
+    val_last: int | None = None  # instead: so many last documents, if there are more
     shard_mb: int = 1024  # largest shard file, in MiB
     workers: int | None = None  # processes that tokenize; left out: one per core
     text_field: str = "text"  # field of a .jsonl or .parquet row that holds the document
