@@ -6,7 +6,7 @@ A byte-level model of Shakespeare is trained on 64 bytes and evaluated on window
 held-out plays, for each scaling of the frequencies: as it is, and after 10 to 160 steps of
 fine-tuning on 256 bytes. Two baselines: plain RoPE, and plain RoPE that never sees more than the
 last 32 to 64 bytes ("cropped"; its fine-tuning goes on with 64). Same seed, same batches for all;
-about 12 minutes on one core. Lesson 01/02 plots the result.
+about 12 minutes on one idle core. Lesson 01/02 plots the result.
 """
 
 import argparse
