@@ -70,7 +70,7 @@ def train_steps(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
-    "Train `model` with Adam for `steps` batches (a list is begun again); the loss at each step."
+    "Train with Adam for `steps` batches (a list is begun again); the loss at each step."
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     losses = []
@@ -100,7 +100,7 @@ def _endless(batches: Callable[[], object] | Iterable) -> Iterator:
 def asset(
     name: str,  # of a file or folder in assets/
 ) -> Path:
-    "Where a file of the course's folder `assets/` lies; `FileNotFoundError` if it is not there."
+    "Where a file of the course's `assets/` lies; `FileNotFoundError` if it is not there."
     here, tree = Path.cwd(), Path(skylar.__file__).parents[1]
     for folder in (here, *here.parents, tree):
         if (path := folder / "assets" / name).exists():
