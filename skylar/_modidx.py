@@ -202,6 +202,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'skylar/data/held_out.py'),
                                       'skylar.data.held_out.ngram_baseline': ( 'library/held_out.html#ngram_baseline',
                                                                                'skylar/data/held_out.py'),
+                                      'skylar.data.held_out.text_bits_per_byte': ( 'library/held_out.html#text_bits_per_byte',
+                                                                                   'skylar/data/held_out.py'),
                                       'skylar.data.held_out.train_plays': ('library/held_out.html#train_plays', 'skylar/data/held_out.py'),
                                       'skylar.data.held_out.train_text': ('library/held_out.html#train_text', 'skylar/data/held_out.py'),
                                       'skylar.data.held_out.val_plays': ('library/held_out.html#val_plays', 'skylar/data/held_out.py'),
