@@ -84,6 +84,7 @@ def module_links(text: str, depth: int) -> str:
 def tidy_code(cell: NotebookNode, exercises: dict[str, str]) -> list[NotebookNode]:
     """A code cell for the web: no directive lines, collapsed where JupyterLab collapses it."""
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+    cell.outputs = lessons.merge_streams(cell.outputs)
     if is_solution(cell):
         close_solution(cell, exercises)
     elif cell.metadata.get("jupyter", {}).get("source_hidden"):

@@ -12,7 +12,6 @@ suppress_warnings = ["myst.header"]  # an output may hold a heading of any level
 
 exclude_patterns = ["_build"]
 nb_execution_mode = "off"  # the notebooks are stored executed
-nb_merge_streams = True
 nb_render_markdown_format = "myst"  # tables, maths and links in outputs as in the text
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"

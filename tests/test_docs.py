@@ -10,7 +10,7 @@ pytest.importorskip("nbformat", reason="needs nbformat: pip install -e '.[dev]'"
 pytest.importorskip("fastcore", reason="needs nbdev: pip install -e '.[dev]'")
 
 import nbformat
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))  # before an installed `build`
@@ -73,6 +73,12 @@ def test_controls_are_explained(source):
 
 def test_ordinary_calls_are_no_controls():
     assert len(on_the_web(new_code_cell("page.slider(1)\nmy_interact(2)"))) == 1
+
+
+def test_a_chat_is_no_token_a_line():
+    outputs = [new_output("stream", text=piece) for piece in ("Ju", "liet", "!")]
+    (cell,) = on_the_web(new_code_cell("chat()", outputs=outputs))
+    assert [output.text for output in cell.outputs] == ["Juliet!"]
 
 
 def test_links_lead_to_pages_of_the_site():
