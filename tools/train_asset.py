@@ -15,8 +15,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from ngram_baseline import SLICE
 
-from skylar.data.held_out import ngram_baseline, text_bits_per_byte, train_text, val_plays, val_text
+from skylar.data.held_out import (
+    ngram_baseline,
+    text_bits_per_byte,
+    train_text,
+    val_plays,
+    val_text,
+)
 from skylar.models.decoder import count_parameters
 from skylar.models.hub import from_pretrained, load_tokenizer, save_pretrained
 from skylar.training.run import RunConfig, build_config, load_run, prepare_run, train
@@ -24,7 +31,6 @@ from skylar.utils.files import sha256_file
 
 ROOT = Path(__file__).parents[1]
 CONFIG, OUT = ROOT / "configs" / "asset.yaml", ROOT / "assets" / "shakespeare"
-SLICE = slice(20_000, 40_000)  # characters of the held-out text that the tests read
 LIMIT = 4_000_000  # bytes of the whole folder
 
 
@@ -50,7 +56,7 @@ def measure(folder: Path) -> dict:
     context = model.config.max_seq_len
     return {
         "bits_per_byte": round(text_bits_per_byte(model, tokenizer, val_plays(), context), 4),
-        "slice": {"characters": [SLICE.start, SLICE.stop], "bits_per_byte": round(
+        "slice": {"bytes": [SLICE.start, SLICE.stop], "bits_per_byte": round(
             text_bits_per_byte(model, tokenizer, val_text()[SLICE], context), 4)},
         "training_text_bits_per_byte": round(
             text_bits_per_byte(model, tokenizer, train_text()[:500_000], context), 4)}
@@ -81,34 +87,42 @@ def export(run_folder: Path, out: Path) -> dict:
 
 def card(m: dict) -> str:
     """The model's card."""
-    best, shape, train_ = m["best_ngram"], m["recipe"]["model"], m["recipe"]["train"]
+    best, shape, recipe = m["best_ngram"], m["recipe"]["model"], m["recipe"]
+    sizes = (f"{shape['n_layers']} layers, width {shape['d_model']}, {shape['n_heads']} heads, "
+             f"{shape['n_kv_heads']} KV heads of {shape['d_head']}, SwiGLU of {shape['d_ff']}")
+    batch = f"{recipe['loader']['batch_size']} x {recipe['loader']['seq_len']}"
+    rows = {
+        "architecture": f"Qwen3: {sizes}, RoPE, tied embeddings",
+        "context": f"{shape['max_seq_len']} tokens",
+        "tokenizer": f"byte-level BPE, {recipe['corpus']['vocab_size']:,} tokens, trained on the "
+                     "training plays",
+        "weights": f"bfloat16; SHA-256 `{m['sha256']['model.safetensors'][:16]}...`",
+        "data": "34 plays of Shakespeare, 4.5 MB; held out: Macbeth, Othello, Romeo and Juliet, "
+                "Timon of Athens",
+        "training": f"{m['steps']:,} steps of {batch} tokens, AdamW, bf16 autocast, one CPU core",
+        "**held-out plays**": f"**{m['bits_per_byte']:.2f} bits per byte**",
+        "best n-gram table, same plays": f"{best['bits_per_byte']:.2f} bits per byte "
+                                         f"(order {best['order']}, {best['kind']})",
+        "a part of the training plays": f"{m['training_text_bits_per_byte']:.2f} bits per byte",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""# A small model of Shakespeare
 
 A Qwen3 of {m["parameters"]:,} parameters for the lessons of this course: it generates, attends and
-caches like a large one, and fits into a Git repository. It is no use for anything else.
+caches like a large one, and fits into a Git repository. It is of no other use.
 
 | | |
 |---|---|
-| architecture | Qwen3: {shape["n_layers"]} layers, width {shape["d_model"]}, {shape["n_heads"]} heads, \
-{shape["n_kv_heads"]} KV heads of {shape["d_head"]}, SwiGLU of {shape["d_ff"]}, RoPE, tied embeddings |
-| context | {shape["max_seq_len"]} tokens |
-| tokenizer | byte-level BPE, {m["recipe"]["corpus"]["vocab_size"]:,} tokens, trained on the training plays |
-| weights | bfloat16, SHA-256 `{m["sha256"]["model.safetensors"][:16]}...` (whole in metrics.json) |
-| data | 34 plays of Shakespeare, 4.5 MB; held out: Macbeth, Othello, Romeo and Juliet, Timon of Athens |
-| training | {m["steps"]:,} steps of {m["recipe"]["loader"]["batch_size"]} x \
-{m["recipe"]["loader"]["seq_len"]} tokens, AdamW, {train_["dtype"]}, one CPU core |
-| **held-out plays** | **{m["bits_per_byte"]:.2f} bits per byte** |
-| best n-gram table, same plays | {best["bits_per_byte"]:.2f} bits per byte (order {best["order"]}, {best["kind"]}) |
-| plays it was trained on | {m["training_text_bits_per_byte"]:.2f} bits per byte |
+{table}
 
-Open it with `from_pretrained("assets/shakespeare")` and `load_tokenizer("assets/shakespeare")` of
-`skylar.models.hub`, with `skylar generate --model assets/shakespeare`, or with
+Open it with `from_pretrained("assets/shakespeare")` and `load_tokenizer("assets/shakespeare")`
+of `skylar.models.hub`, with `skylar generate --model assets/shakespeare`, or with
 `AutoModelForCausalLM.from_pretrained("assets/shakespeare")` of transformers.
 
-Made by `python tools/train_asset.py` from `configs/asset.yaml`; `metrics.json` holds all numbers. The
-baseline is made by `python tools/ngram_baseline.py`.
+Made by `python tools/train_asset.py` from `configs/asset.yaml`; `metrics.json` holds all numbers.
+The n-gram tables are made by `python tools/ngram_baseline.py`.
 
-License: the text is in the public domain; code and weights are under the license of this repository.
+License: the text is in the public domain; code and weights are under this repository's license.
 """
 
 

@@ -458,7 +458,8 @@ def lesson_start(
     Example:
       skylar lesson start attention
     """
-    from skylar.cli.lesson import find_course, find_lesson, lesson_name, others_with, start_lesson
+    from skylar.cli.lesson import (
+        find_course, find_lesson, lesson_name, others_with, start_lesson)
 
     nbs = find_course()
     path = find_lesson(lesson, nbs)
@@ -470,7 +471,7 @@ def lesson_start(
     print("now open it in JupyterLab, and try:",
           command_line(*words, *(["--out", out] if out != "my_lessons" else [])))
 
-
+# %% ../../nbs/cli.ipynb #8699c2fb
 def lesson_check(
     lesson: str,  # attention, 05, 00/05, ..., or the path of your copy
     /,

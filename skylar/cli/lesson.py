@@ -170,7 +170,7 @@ def working_copy(
     nb["cells"].insert(1, note)
     return nb
 
-
+# %% ../../nbs/library/student.ipynb #630dd84a
 def copy_path(path: Path, out: str | Path) -> Path:
     "Where the working copy of a lesson lies: `out`/00_transformer/05_attention.ipynb."
     return Path(out).expanduser() / path.parent.name / path.name
@@ -294,7 +294,7 @@ def named_error(error: dict) -> str:
         return f"stopped after {CELL_SECONDS} s"
     return f"{error['ename']}: {message(error)}".removesuffix(": ")
 
-
+# %% ../../nbs/library/student.ipynb #46d3aa0e
 def offers(cell, exercise: Exercise) -> bool:
     "True for the cell of a copy in which the reader solves the exercise."
     return cell.cell_type == "code" and (
