@@ -1809,6 +1809,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'skylar.viz.architecture': ('viz.html#architecture', 'skylar/viz.py'),
                             'skylar.viz.architectures': ('viz.html#architectures', 'skylar/viz.py'),
                             'skylar.viz.bars': ('viz.html#bars', 'skylar/viz.py'),
+                            'skylar.viz.dotted': ('viz.html#dotted', 'skylar/viz.py'),
                             'skylar.viz.heatmap': ('viz.html#heatmap', 'skylar/viz.py'),
                             'skylar.viz.heatmaps': ('viz.html#heatmaps', 'skylar/viz.py'),
                             'skylar.viz.lines': ('viz.html#lines', 'skylar/viz.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'TILE_LABELS', 'MODELS', 'PARTS', 'use_style', 'heatmap', 'heatmaps', 'lines', 'bars', 'TokenBoxes',
-           'tokens', 'loss_curve', 'LivePlot', 'slider', 'Node', 'Schematic', 'architecture', 'architectures']
+           'tokens', 'loss_curve', 'dotted', 'LivePlot', 'slider', 'Node', 'Schematic', 'architecture', 'architectures']
 
 # %% ../nbs/viz.ipynb #c002
 import html
@@ -187,18 +187,35 @@ def loss_curve(
     return lines(curves, "optimizer step", "loss (nats per token)", title, ax=ax)
 
 
+def dotted(
+    ax: Axes,
+    value: float,
+    label: str,  # written on the line, at its right end
+) -> None:
+    "A horizontal dotted line: a baseline to compare curves or bars with."
+    ax.axhline(value, ls=":", lw=1.2, color="gray", zorder=0)
+    ax.annotate(label, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2),
+                textcoords="offset points", ha="right", va="bottom", fontsize=8, color="gray")
+
+
 class LivePlot:
     "A figure redrawn in place while a cell runs."
 
     def __init__(self, xlabel: str, ylabel: str, title: str = ""):
         self.labels, self.handle = (xlabel, ylabel, title), None
 
-    def update(self, curves: Mapping[str, Sequence]) -> None:
-        "Redraw with `curves` (as in `lines`)."
+    def update(
+        self,
+        curves: Mapping[str, Sequence],  # as in `lines`
+        baselines: Mapping[str, float] | None = None,  # dotted horizontal lines
+    ) -> None:
+        "Redraw with `curves`."
         from IPython.display import display  # only notebooks have it
 
         fig, ax = plt.subplots()
         lines(curves, *self.labels, ax=ax)
+        for name, value in (baselines or {}).items():
+            dotted(ax, value, name)
         if self.handle is None:
             self.handle = display(fig, display_id=True)
         else:
