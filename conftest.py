@@ -87,7 +87,8 @@ def prepare(nb, path: Path, wanted_flags: set[str]) -> None:
 
     blank_skipped_cells(nb, wanted_flags)
     asked = probes(nb)
-    if re.match(r"\d\d_", path.name) and f"{path.parent.name}/{path.stem}" not in NOT_YET_REWRITTEN:
+    lesson = re.match(r"\d\d_", path.name) or path.parent.name == "template"
+    if lesson and f"{path.parent.name}/{path.stem}" not in NOT_YET_REWRITTEN:
         twice(nb)
     nb.cells += asked
 

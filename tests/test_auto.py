@@ -99,6 +99,23 @@ def test_parts_of_a_text_read_one_after_the_other(kind, make):
     assert memory.get_seq_length() == 12
 
 
+def test_a_cache_is_taken_under_either_name_and_no_third():
+    """transformers 5.24 renamed it; one that is ignored would give wrong text without a word."""
+    model, given = wrapped("one KV head"), batch()
+    ids, mask = given["input_ids"], given["attention_mask"]
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask).logits[:, 7:]
+        for name in ("cache", "past_key_values"):
+            memory = DynamicCache()
+            model(ids[:, :7], attention_mask=mask[:, :7], **{name: memory})
+            rest = model(ids[:, 7:], attention_mask=mask, **{name: memory}).logits
+            assert_close(rest, whole, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="cache_params: give one cache"):
+            model(ids, cache_params=DynamicCache())
+        with pytest.raises(ValueError, match="cache and past_key_values: give one cache"):
+            model(ids, cache=DynamicCache(), past_key_values=DynamicCache())
+
+
 def test_a_mask_must_tell_of_the_remembered_tokens_too():
     model, given = wrapped("one KV head"), batch()
     with torch.no_grad():

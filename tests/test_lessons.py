@@ -857,6 +857,21 @@ def test_lessons_on_the_list_may_break_the_new_rules(sandbox, monkeypatch):
     assert not complaints(Course(sandbox.root), is_short)
 
 
+def test_the_template_keeps_every_rule(sandbox):
+    """As a lesson of the small course, which has what it imports."""
+    sandbox.write("settings.ini", SETTINGS.replace("notebook_kb = 20", "notebook_kb = 300"))
+    template = nbformat.read(ROOT / "docs" / "template" / "lesson.ipynb", as_version=4)
+    for name, module in (("held_out", "data.held_out"), ("lesson", "utils.lesson")):
+        sandbox.save(f"nbs/library/{name}.ipynb", small_lesson(name, module))
+        sandbox.module(module, f"nbs/library/{name}.ipynb")
+    sandbox.save("nbs/00_a/02_topic.ipynb", template)
+    sandbox.module("layers.topic", "nbs/00_a/02_topic.ipynb")
+    course = Course(sandbox.root)
+    assert course.lessons[-1].rewritten
+    found = [text for rule in ALL_RULES for text in complaints(course, rule)]
+    assert not found, "\n".join(found)
+
+
 def test_what_counts_as_prose():
     text = "one [two](a/b.ipynb) $x$ <details>three</details>\n\n| four |\n\n```python\nfive\n```"
     assert prose(text).replace("[", "").split() == ["one", "two", "three"]

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from byte_corpus import Bytes, corpus, damaged, stream, write
 
-from skylar.data import shards
+from skylar.data import shard_files, shards
+from skylar.data.shard_files import token_dtype, verify_shards
 from skylar.data.shards import (
     ShardDataset,
-    token_dtype,
-    verify_shards,
     write_shards,
 )
 
@@ -106,7 +105,7 @@ SLOW_WRITER = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from byte_corpus import Bytes, corpus
-from skylar.data import shards
+from skylar.data import shard_files, shards
 shards._batched.__defaults__ = (50,)
 
 class Slow(Bytes):
@@ -184,7 +183,7 @@ def test_verify_counts(dataset):
 
 
 def test_verify_names_shard_and_offset_of_one_flipped_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BLOCK", 100)
+    monkeypatch.setattr(shard_files, "BLOCK", 100)
     write(corpus(), tmp_path, shard_bytes=700)
     path = tmp_path / "shard-00002.bin"
     data = bytearray(path.read_bytes())

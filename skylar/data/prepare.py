@@ -16,7 +16,8 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from .shards import ShardDataset, verify_shards, write_shards
+from .shard_files import verify_shards
+from .shards import ShardDataset, write_shards
 from .sources import documents
 from .tokenizer import BPETokenizer
 from ..utils.checks import check_int

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-import skylar
-
 # %% ../../nbs/library/lesson.ipynb #c8663592
 def rejects(
     check: Callable,  # raises AssertionError for a wrong answer
@@ -70,7 +68,7 @@ def train_steps(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
-    "Train `model` with Adam for `steps` batches (a list is begun again); the loss at each step."
+    "Train with Adam for `steps` batches (a list is begun again); the loss at each step."
     torch.manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr)
     losses = []
@@ -100,9 +98,9 @@ def _endless(batches: Callable[[], object] | Iterable) -> Iterator:
 def asset(
     name: str,  # of a file or folder in assets/
 ) -> Path:
-    "Where a file of the course's folder `assets/` lies; `FileNotFoundError` if it is not there."
-    here, tree = Path.cwd(), Path(skylar.__file__).parents[1]
-    for folder in (here, *here.parents, tree):
+    "Where a file of the course's `assets/` lies; `FileNotFoundError` if it is not there."
+    here = Path.cwd()
+    for folder in (here, *here.parents):
         if (path := folder / "assets" / name).exists():
             return path
     raise FileNotFoundError(f"no assets/{name} in {here.name}/ or in a folder above it: open "
