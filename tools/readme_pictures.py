@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests" / "browser"))
 PAGE = """<body style="margin:0;background:#fbfaf7"><pre style="margin:0;padding:18px 26px;
 font:15px/1.45 'DejaVu Sans Mono',monospace;color:#222;white-space:pre-wrap">{}</pre></body>"""
 # from here, this much of the attention lesson (pixels)
-LESSON, HEADING, HEIGHT = "00_transformer/05_attention.ipynb", "No peeking", 1130
+LESSON, HEADING, HEIGHT = "00_transformer/05_attention.ipynb", "The causal mask", 1130
 
 
 def lesson() -> None:
