@@ -19,14 +19,14 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from common import record
-from skylar.data.held_out import train_plays, val_plays
-from skylar.utils.lesson import mean_interval
 
+from skylar.data.held_out import train_plays, val_plays
 from skylar.layers.block import BlockConfig
 from skylar.layers.gqa import GQAConfig
 from skylar.layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig, count_parameters
+from skylar.utils.lesson import mean_interval
 
 LENGTH, BATCH, LR = 64, 16, 3e-3  # characters of a window, windows of a batch, peak rate
 STEPS = (100, 400, 1600)  # lengths of a run, each with a schedule of its own

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .shard_files import ShardWriter, check_ids, check_same_tokenizer, finished_shards
-from .shard_files import load_manifest, map_file, read_manifest, save_manifest
-from .shard_files import shard_header, skip_documents
+from .shard_files import ShardWriter, check_ids, check_same_tokenizer
+from .shard_files import finished_shards, load_manifest, map_file, read_manifest
+from .shard_files import save_manifest, shard_header, skip_documents
 from ..utils.progress import track
 
 # %% ../../nbs/00_transformer/02_shards.ipynb #c019

@@ -127,13 +127,14 @@ CACHE_FIELD = next(  # of a model's output: cache from transformers 5.24 on
     if field.name in ("cache", "past_key_values"))
 
 
-def _pick_cache(cache: Cache | None, past_key_values: Cache | None, others: dict):
-    "The one cache that was given, under whichever name."
+def _pick_cache(cache: Cache | None, past: Cache | None, use_cache: bool | None, others: dict):
+    "The one cache that was given, under whichever name; a new one, if it is to be made."
     strange = [name for name, value in others.items() if isinstance(value, Cache)]
-    if strange or (cache is not None and past_key_values is not None):
+    if strange or (cache is not None and past is not None):
         names = strange or ["cache", "past_key_values"]
         raise ValueError(f"{' and '.join(names)}: give one cache, as {CACHE_FIELD}")
-    return past_key_values if cache is None else cache
+    memory = past if cache is None else cache
+    return DynamicCache() if use_cache and memory is None else memory
 
 # %% ../../nbs/library/auto_classes.ipynb #8ca980e0
 class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
@@ -175,9 +176,7 @@ class SkylarForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,  # of the last positions; 0: of all
         **others: Any,  # what transformers hands to every model
     ) -> CausalLMOutputWithPast:  # logits (B, T, V), and the mean loss if there are labels
-        memory = _pick_cache(cache, past_key_values, others)
-        if use_cache and memory is None:
-            memory = DynamicCache()
+        memory = _pick_cache(cache, past_key_values, use_cache, others)
         if memory is None:
             hidden = self.model(input_ids, position_ids, document_ids=attention_mask)
         else:
