@@ -48,7 +48,7 @@ def load_rows(x, rows):
     return x[..., rows, :].to(torch.promote_types(x.dtype, torch.float32))
 
 def tile_scores(q, k, rows, cols, causal):
-    "Scaled scores of the queries `rows` and the keys `cols`, hidden ones -inf."
+    "Scaled scores of the queries `rows` and the keys `cols`, masked ones -inf."
     scores = load_rows(q, rows) @ load_rows(k, cols).mT / math.sqrt(q.shape[-1])
     last = rows.start + k.shape[-2] - q.shape[-2]  # last key of the first query
     if causal and last < cols.stop - 1:
@@ -96,7 +96,7 @@ from torch.autograd.function import once_differentiable
 
 
 class FlashAttention(torch.autograd.Function):
-    "Attention that saves its output and one log-sum-exp a query for the backward pass."
+    "Attention that saves for backward its inputs, output and a log-sum-exp per query."
 
     @staticmethod
     def forward(ctx, q, k, v, block, causal):
