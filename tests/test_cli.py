@@ -604,6 +604,12 @@ def test_bad_yaml(home, capsys, name):
     assert written() == ["x.yaml"]
 
 
+def test_help_of_a_group_lists_its_commands(capsys):
+    assert main(["data", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "data fetch" in out and "data verify" in out and "pretrain" not in out
+
+
 @pytest.mark.parametrize("words, answer", [
     (["pretrian"], "did you mean 'pretrain'"),
     (["data"], "'data fetch'"),

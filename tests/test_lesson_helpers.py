@@ -145,6 +145,11 @@ def test_assets_are_found_from_any_folder_of_the_tree(tmp_path, monkeypatch):
         assert asset("model") == tmp_path / "assets" / "model"
 
 
+def test_a_copied_lesson_finds_the_assets_of_the_installed_clone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert asset("ngram.json").is_file()
+
+
 def test_a_missing_asset_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no assets/nothing_like_it in") as error:

@@ -581,10 +581,11 @@ def short_help(name: str) -> str:
     return " ".join(inspect.getdoc(COMMANDS[name]).split()).split(". ")[0].rstrip(".")
 
 
-def overview() -> str:
-    "What `skylar --help` prints."
+def overview(group: str = "") -> str:
+    "What `skylar --help` prints; with the first word of some commands, only those."
+    names = [name for name in COMMANDS if group in ("", name.split()[0])]
     lines = ["usage: skylar COMMAND [--flag value ...]", ""]
-    lines += [f"  {name:<16} {short_help(name)}" for name in COMMANDS]
+    lines += [f"  {name:<16} {short_help(name)}" for name in names]
     return "\n".join(lines + [
         "", "Start with `skylar demo`. `skylar COMMAND --help` explains every flag.",
         "Exit codes: 0 done, 1 a check failed, 2 wrong input, 130 interrupted.",
@@ -609,6 +610,9 @@ def run_command(words: list[str]) -> int:
     "Parse and run one command line; its exit code."
     if not words or words[0] in ("-h", "--help"):
         return print(overview()) or 0
+    if words[1:] in (["-h"], ["--help"]) and words[0] not in COMMANDS:
+        if any(name.startswith(words[0] + " ") for name in COMMANDS):
+            return print(overview(words[0])) or 0
     if words == ["--version"]:
         return print(f"skylar {__version__}") or 0
     name, rest = find_command(words)

@@ -8,6 +8,7 @@ __all__ = ['rejects', 'milliseconds', 'mean_interval', 'train_steps', 'asset']
 # %% ../../nbs/library/lesson.ipynb #07e6d519
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -99,8 +100,8 @@ def asset(
     name: str,  # of a file or folder in assets/
 ) -> Path:
     "Where a file of the course's `assets/` lies; `FileNotFoundError` if it is not there."
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+    here, package = Path.cwd(), Path(find_spec("skylar").origin).parent
+    for folder in (here, *here.parents, package.parent):  # the last: a copied lesson
         if (path := folder / "assets" / name).exists():
             return path
     raise FileNotFoundError(f"no assets/{name} in {here.name}/ or in a folder above it: open "
