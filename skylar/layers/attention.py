@@ -13,12 +13,12 @@ from torch import Tensor
 
 # %% ../../nbs/00_transformer/05_attention.ipynb #314cbdd7
 def attention(
-    q: Tensor,  # (B, H, T, Dh) queries; any leading dimensions will do
+    q: Tensor,  # (B, H, T, Dh) queries; any leading dimensions work
     k: Tensor,  # (B, H, S, Dh) keys
     v: Tensor,  # (B, H, S, Dv) values
     mask: Tensor | None = None,  # broadcastable to (B, H, T, S); True = attend
 ) -> Tensor:  # (B, H, T, Dv)
-    "softmax(q kᵀ / √Dh) v, written out (Vaswani et al. 2017, eq. 1): the reference."
+    "softmax(q kᵀ / √Dh) v, written out (Vaswani et al. 2017, eq. 1)."
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
