@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+import skylar
+
 # %% ../../nbs/library/lesson.ipynb #c8663592
 def rejects(
     check: Callable,  # raises AssertionError for a wrong answer
@@ -99,8 +101,8 @@ def asset(
     name: str,  # of a file or folder in assets/
 ) -> Path:
     "Where a file of the course's `assets/` lies; `FileNotFoundError` if it is not there."
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+    here, tree = Path.cwd(), Path(skylar.__file__).parents[1]
+    for folder in (here, *here.parents, tree):
         if (path := folder / "assets" / name).exists():
             return path
     raise FileNotFoundError(f"no assets/{name} in {here.name}/ or in a folder above it: open "
