@@ -116,8 +116,8 @@ def test_too_few_documents_for_val_last_are_split_by_share(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(val_last=0), "val_last"), (dict(val_fraction=0.0), "val_fraction"),
-    (dict(val_fraction=1.0), "val_fraction"),
+    (dict(val_last=0), "val_last"),
+    (dict(val_fraction=0.0), "val_fraction"), (dict(val_fraction=1.0), "val_fraction"),
     (dict(shard_mb=0), "shard_mb"), (dict(workers=0), "workers"),
 ])
 def test_impossible_settings_leave_nothing(tmp_path, lines, wrong, message):

@@ -1,6 +1,6 @@
 """Train, export and measure the model in assets/shakespeare.
 
-    python tools/train_asset.py            # all three, half an hour to an hour on a CPU
+    python tools/train_asset.py            # all three, about an hour on one busy core
     python tools/train_asset.py --export   # export and measure the run in runs/asset again
 
 The recipe is configs/asset.yaml. A stopped run goes on where it was. The model is evaluated as

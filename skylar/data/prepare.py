@@ -157,7 +157,7 @@ def prepare_data(
     with _working_in(folder):
         _write_parts(folder, recipe, shard_bytes=shard_mb << 20, workers=workers)
 
-# %% ../../nbs/library/prepare.ipynb #f27cc19a
+# %% ../../nbs/library/prepare.ipynb #081da665
 @contextmanager
 def _working_in(folder: Path) -> Iterator[None]:
     "Hold the folder for this process; if nothing was made in it, it disappears again."

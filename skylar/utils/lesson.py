@@ -8,13 +8,14 @@ __all__ = ['rejects', 'milliseconds', 'mean_interval', 'train_steps', 'asset']
 # %% ../../nbs/library/lesson.ipynb #07e6d519
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+
+import skylar
 
 # %% ../../nbs/library/lesson.ipynb #c8663592
 def rejects(
@@ -100,8 +101,8 @@ def asset(
     name: str,  # of a file or folder in assets/
 ) -> Path:
     "Where a file of the course's `assets/` lies; `FileNotFoundError` if it is not there."
-    here, package = Path.cwd(), Path(find_spec("skylar").origin).parent
-    for folder in (here, *here.parents, package.parent):  # the last: a copied lesson
+    here, tree = Path.cwd(), Path(skylar.__file__).parents[1]
+    for folder in (here, *here.parents, tree):
         if (path := folder / "assets" / name).exists():
             return path
     raise FileNotFoundError(f"no assets/{name} in {here.name}/ or in a folder above it: open "
