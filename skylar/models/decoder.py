@@ -75,7 +75,8 @@ def init_decoder(decoder: "Decoder") -> None:
 
 @torch.no_grad()
 def _init_causal_lm(model: "CausalLM") -> None:
-    model.tie_weights()  # `to_empty` gives each end a matrix of its own
+    # `to_empty` gives the embedding and the head separate matrices
+    model.tie_weights()
     if model.lm_head.weight.is_meta:
         return  # no memory, so no values; to pretend some is slow
     model.model.init_weights()
