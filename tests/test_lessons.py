@@ -46,8 +46,6 @@ NOT_YET_REWRITTEN = {
     "00_transformer/07_masks",
     "00_transformer/08_layernorm",
     "00_transformer/09_mlp",
-    "00_transformer/10_positions",
-    "00_transformer/11_block",
     "00_transformer/13_optimization",
     "00_transformer/14_checkpoints",
     "00_transformer/15_training_loop",

@@ -42,12 +42,10 @@ class Block(nn.Module):
         self.dropout = dropout_layer(config.dropout)
         self.pre_norm = config.pre_norm
 
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D) the residual stream
-        inputs=None,  # what attention's `prepare` returned; None: prepared here
-        cache=None,  # handed to the attention, as `inputs` is
-    ) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor,  # (B, T, D) the residual stream
+                inputs=None,  # what attention's `prepare` returned; None: prepared here
+                cache=None,  # handed to the attention, as `inputs` is
+                ) -> Tensor:  # (B, T, D)
         if self.pre_norm:
             x = x + self.dropout(self.self_attn(self.input_layernorm(x), inputs, cache))
             return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
