@@ -91,7 +91,7 @@ class RoPEScaling:
         check_positive(factor=self.factor)
         if self.factor < 1:
             raise ValueError(
-                f"factor={self.factor} shrinks; give the new length / the old")
+                f"factor={self.factor} is below 1; give new length / trained length")
 
 # %% ../../nbs/01_gqa_rope/01_rope.ipynb #c092
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class RotaryEmbedding(nn.Module):
         self.attention_scaling = 1.0 if scaling is None else scaling.attention_scaling
         self.inv_freq.copy_(compute(theta, self.d_head))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):  # called by .to(), .half(), .cuda()
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:  # rounded: compute them anew
             self.inv_freq = self.inv_freq.float()
