@@ -57,11 +57,11 @@ from skylar.models.presets import get_config
 
 NAME = "decode_compiled"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODELS = ("test", "wide")  # `wide`: SmolLM2-135M's width and vocabulary, a third of its layers
+MODELS = ("test", "wide")  # `wide`: SmolLM2-135M's width and vocabulary, a fifth of its layers
 BATCHES = (1, 4, 16)
 CASES = ["-".join(map(str, case)) for case in itertools.product(MODELS, DTYPES, BATCHES)]
 WIDE = dict(
-    vocab_size=49_152, d_model=576, n_heads=9, n_kv_heads=3, d_head=64, n_layers=10, d_ff=1536)
+    vocab_size=49_152, d_model=576, n_heads=9, n_kv_heads=3, d_head=64, n_layers=6, d_ff=1536)
 COMPILED = ("compiled", "frozen", "hf_compiled")
 PROMPT, NEW = 32, 32  # tokens read before decoding, tokens decoded
 CAPACITY = PROMPT + NEW
@@ -189,8 +189,8 @@ def models(case: str):
 
 
 @torch.no_grad()
-def rate(case: str, rounds: int) -> dict:
-    "One row: tokens a second of every way, in turns."
+def prepare(case: str) -> tuple[dict, torch.Tensor, dict]:
+    "Ways, compiled and warm; the prompt; the share of tokens that each has as `static` does."
     ours, theirs, dtype, batch = models(case)
     torch._dynamo.reset()
     ways = open_ways(ours, theirs, batch)
@@ -199,17 +199,21 @@ def rate(case: str, rounds: int) -> dict:
     same = {name: float((t == tokens["static"]).float().mean()) for name, t in tokens.items()}
     if dtype == torch.float32:
         assert min(same.values()) == 1, f"{case}: other tokens, {same}"
+    return ways, ids, same
+
+
+@torch.no_grad()
+def measure(case: str, ways: dict, ids, same: dict, rounds: int) -> dict:
+    "One row: tokens a second of every way, in turns."
     took = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            took[name].append(decode(way, ids)[1])
-    fused = took["fused"]
+    for _, (name, way) in itertools.product(range(rounds), ways.items()):
+        took[name].append(decode(way, ids)[1])
+    fused, new = took["fused"], len(ids) * NEW
     ratios = {name: statistics.median(t / f for t, f in zip(took[name], fused)) for name in took}
-    median = {name: batch * NEW / statistics.median(t) for name, t in took.items()}
     return {
-        "what": "decode", "case": case, "batch": batch, "new_tokens": NEW, "rounds": rounds,
+        "what": "decode", "case": case, "batch": len(ids), "new_tokens": NEW, "rounds": rounds,
         "torch_threads": torch.get_num_threads(),
-        "tokens_per_s": {name: round(x, 1) for name, x in median.items()},
+        "tokens_per_s": {n: round(new / statistics.median(t), 1) for n, t in took.items()},
         "fused_over": {n: round(x, 3) for n, x in ratios.items() if n != "fused"},
         "same_tokens": {n: round(x, 3) for n, x in same.items() if n != "static"}}
 
@@ -344,7 +348,7 @@ def main():
         elif args.break_even:
             keep([break_even(case, args.rounds)])
         else:
-            keep([rate(case, args.rounds)])
+            keep([measure(case, *prepare(case), args.rounds)])
 
 
 if __name__ == "__main__":

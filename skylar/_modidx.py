@@ -1208,7 +1208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'skylar/models/checkpoint_checks.py'),
                                                  'skylar.models.checkpoint_checks.read_optional': ( 'library/checkpoint_checks.html#read_optional',
                                                                                                     'skylar/models/checkpoint_checks.py'),
-                                                 'skylar.models.checkpoint_checks.stored_tensors': ( 'library/checkpoint_checks.html#stored_tensors',
+                                                 'skylar.models.checkpoint_checks.tensor_headers': ( 'library/checkpoint_checks.html#tensor_headers',
                                                                                                      'skylar/models/checkpoint_checks.py'),
                                                  'skylar.models.checkpoint_checks.verify_files': ( 'library/checkpoint_checks.html#verify_files',
                                                                                                    'skylar/models/checkpoint_checks.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'TEXTS', 'DTYPES', 'PICKLES', 'verify_files', 'read_optional', 'open_config', 'weight_files',
-           'open_safetensors', 'stored_tensors', 'match_names', 'check_tied', 'check_sizes', 'build_on_meta',
+           'open_safetensors', 'tensor_headers', 'match_names', 'check_tied', 'check_sizes', 'build_on_meta',
            'checksum', 'Checksums']
 
 # %% ../../nbs/library/checkpoint_checks.ipynb #9dcd3197
@@ -94,7 +94,7 @@ def open_safetensors(file: Path):
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
-def stored_tensors(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, tuple]:
+def tensor_headers(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, tuple]:
     "{name: (file, shape, dtype)} of every tensor, from the headers alone."
     found = {}
     for file in weight_files(folder):

@@ -21,7 +21,7 @@ from ..data.tokenizer import BPETokenizer
 from .checkpoint_checks import DTYPES, MANIFEST, TEXTS, Checksums
 from .checkpoint_checks import build_on_meta, check_sizes, check_tied
 from .checkpoint_checks import checksum, match_names, open_config
-from .checkpoint_checks import read_optional, stored_tensors, verify_files
+from .checkpoint_checks import read_optional, tensor_headers, verify_files
 from .decoder import CausalLM
 from .hub_files import bundled_model, convert_gguf  # noqa: F401
 from .hub_files import model_folder
@@ -161,7 +161,7 @@ def from_pretrained(
     """
     folder = model_folder(model, ["*.json", "model*.safetensors", "*.jinja"])
     hf, config = open_config(folder)
-    found = stored_tensors(folder, getattr(config, "hf_ignored", (".rotary_emb.inv_freq",)))
+    found = tensor_headers(folder, getattr(config, "hf_ignored", (".rotary_emb.inv_freq",)))
     check_sizes(config, found, folder)
     built = build_on_meta(config, folder)
     _load_weights(built, found, folder, dtype or _stored_dtype(hf), device)
