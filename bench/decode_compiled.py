@@ -43,7 +43,6 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.utils import logging
 
 from skylar.inference.cpu_fused import (
-    FUSE_MIN_TOKENS,
     can_prepack,
     fuse_for_cpu,
     prepacked_linear,
@@ -305,7 +304,7 @@ def break_even(case: str, rounds: int) -> dict:
         "what": "break_even", "case": case, "batch": batch,
         "torch_threads": torch.get_num_threads(), "copy_ms": round(1e3 * copy, 2),
         "static_ms": round(1e3 * plain, 3), "fused_ms": round(1e3 * fused, 3),
-        "tokens": round(copy / (plain - fused), 1), "threshold": FUSE_MIN_TOKENS}
+        "tokens": round(copy / (plain - fused), 1)}
 
 
 # --- the file ---
