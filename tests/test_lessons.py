@@ -50,7 +50,6 @@ NOT_YET_REWRITTEN = {
     "00_transformer/11_block",
     "00_transformer/15_training_loop",
     "00_transformer/16_generation",
-    "00_transformer/17_fused_loss",
     "01_gqa_rope/00_rmsnorm",
     "01_gqa_rope/03_kv_cache",
     "01_gqa_rope/04_sliding_window",
