@@ -132,12 +132,16 @@ def bars(
     title: str = "",
     fmt: str = "{:.3g}",  # how the number above each bar is written
     ax: Axes | None = None,
+    highlight: str | Sequence[str] = (),  # the bar or bars that the text speaks of
 ) -> Axes:
-    "Named numbers as bars, the number above each."
+    "Named numbers as bars of one color, the number above each; `highlight` names orange ones."
+    chosen = {highlight} if isinstance(highlight, str) else set(highlight)
+    if unknown := chosen - set(values):
+        raise ValueError(f"no bar is called {min(unknown)!r}; there are {', '.join(values)}")
     ax = ax or plt.subplots(figsize=(1.6 + 1.1 * len(values), 3))[1]
     pairs = [v if isinstance(v, tuple) else (v, 0.0) for v in values.values()]
     heights, errors = zip(*pairs)
-    colors = [PALETTE[i % len(PALETTE)] for i in range(len(pairs))]
+    colors = [PALETTE[label in chosen] for label in values]
     drawn = ax.bar(list(values), heights, color=colors, width=0.65,
                    yerr=errors if any(errors) else None, capsize=4)
     ax.bar_label(drawn, [fmt.format(h) for h in heights], padding=3, fontsize=9)

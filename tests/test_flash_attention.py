@@ -66,3 +66,8 @@ def test_second_derivatives_are_refused():
     (dq,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
+
+
+def test_more_queries_than_keys_are_fine_without_a_causal_mask():
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 3, 8)
+    torch.testing.assert_close(flash_attention(q, k, k, 2), attention(q, k, k))

@@ -392,6 +392,19 @@ def test_a_full_disk_leaves_the_older_checkpoint_whole(tmp_path, monkeypatch, at
     assert find_checkpoint(tmp_path).name == "step-000002"
 
 
+def test_a_step_is_saved_again_after_crashes_between_rename_and_removal(tmp_path, monkeypatch):
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "remove_old", crash)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 1, Tiny())
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, 1, Tiny())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-000001"]
+
+
 def test_what_a_crash_left_half_written_is_swept_up(tmp_path):
     (tmp_path / ".tmp-step-000001" / "tensors").mkdir(parents=True)
     save_checkpoint(tmp_path, 2, Tiny())

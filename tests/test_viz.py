@@ -15,7 +15,7 @@ from PIL import Image
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
-from skylar.viz import MODELS, PARTS, Node, Schematic, architecture, architectures
+from skylar.viz import MODELS, PARTS, Node, Schematic, architecture, architectures, bars
 
 ROOT = Path(__file__).parents[1]
 
@@ -247,3 +247,11 @@ def test_sizes_are_those_of_the_published_models():
         assert millions(**MODELS[name]["sizes"], ffn=ffn, tied=tied) == pytest.approx(
             expected, rel=0.01)
         assert ("untied" not in MODELS[name]["head"]) == tied
+
+
+def test_bars_have_one_color_and_one_highlight():
+    ax = bars({"a": 1, "b": 2, "c": 3}, "", highlight="b")
+    drawn = [bar.get_facecolor() for bar in ax.patches]
+    assert drawn[0] == drawn[2] != drawn[1]
+    with pytest.raises(ValueError, match="no bar is called 'd'; there are a, b"):
+        bars({"a": 1, "b": 2}, "", highlight="d")
