@@ -185,8 +185,7 @@ class NextTokenObjective(nn.Module):
         self.check_keys(batch)
         hidden = self.model.model(
             batch["input_ids"], batch.get("position_ids"), batch.get("document_ids"))
-        hidden = rearrange(hidden, "b t d -> (b t) d")
-        labels = rearrange(batch["labels"], "b t -> (b t)")
+        hidden, labels = hidden.flatten(0, 1), batch["labels"].flatten()
         sums = self.loss(hidden, self.model.lm_head.weight, labels, **self.options)
         return LossOutput(*sums, {})
 
