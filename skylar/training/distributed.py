@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
@@ -43,17 +42,17 @@ class ParallelConfig:
                              "tensor are for strategy='fsdp'")
 
     def mesh(self, device_type: str, world_size: int) -> DeviceMesh:
-        "Ranks as replicas x shards x tensor. `ValueError` if they do not divide."
-        if world_size % (self.replicas * self.tensor):
-            raise ValueError(
-                f"{world_size} processes do not divide by replicas={self.replicas} times "
-                f"tensor={self.tensor}; start another number, or change one of them")
+        "Ranks as replicas x shards x tensor."
         shards = world_size // (self.replicas * self.tensor)
         return init_device_mesh(device_type, (self.replicas, shards, self.tensor),
                                 mesh_dim_names=("replicas", "shards", "tensor"))
 
     def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
-        "Which of how many parts of the batches `rank` reads."
+        "Which of how many parts of the batches `rank` reads; `ValueError`: do not divide."
+        if world_size % (self.replicas * self.tensor):
+            raise ValueError(
+                f"{world_size} processes do not divide by replicas={self.replicas} times "
+                f"tensor={self.tensor}; start another number, or change one of them")
         return rank // self.tensor, world_size // self.tensor
 
     def apply(self, objective: nn.Module) -> SingleProcess | ShardedRun | CopiedRun:
@@ -101,7 +100,8 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     partial_gradients = []
     for block in model.layers:
         names = dict(block.named_modules())
-        heads = getattr(block.self_attn.config, "n_kv_heads", None) or block.self_attn.config.n_heads
+        config = block.self_attn.config
+        heads = getattr(config, "n_kv_heads", None) or config.n_heads
         if heads % mesh.size():
             raise ValueError(f"tensor={mesh.size()} does not divide the {heads} key-value "
                              "heads; give a divisor")

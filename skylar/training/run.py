@@ -6,8 +6,9 @@
 __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'LoaderConfig', 'RunConfig', 'build_config', 'check_device', 'check_context',
            'check_vocabulary', 'check_space', 'stored', 'flat', 'check_same', 'has_checkpoint', 'has_metrics',
            'is_half_made', 'check_out', 'Run', 'prepare_run', 'make_data', 'check_same_data', 'RunResult', 'train',
-           'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary', 'result_summary', 'is_finished',
-           'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules', 'evaluate_run']
+           'write_description', 'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary',
+           'result_summary', 'is_finished', 'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules',
+           'evaluate_run']
 
 # %% ../../nbs/library/runs.ipynb #c002
 import json
@@ -15,6 +16,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -32,6 +34,7 @@ from ..models.hub import eos_token_ids, from_pretrained, load_tokenizer
 from ..models.presets import config_from_dict, config_to_dict, get_config
 from .checkpoint import checkpoint_bytes, find_checkpoint, load_metadata
 from .checkpoint import load_state, load_weights, seed_everything
+from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
 from .optim import AdamWConfig, ScheduleConfig
@@ -39,6 +42,8 @@ from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
+from ..utils.processes import barrier, is_main_process, join_processes
+from ..utils.processes import local_device, main_first, rank_and_size
 
 # %% ../../nbs/library/runs.ipynb #c004
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +88,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()  # under torchrun
 
 # %% ../../nbs/library/runs.ipynb #c006
 def build_config(
@@ -149,7 +155,7 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
 FREE = ("data", "out", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.device")
+        "train.device", "parallel")
 
 
 def stored(config: RunConfig) -> dict:
@@ -259,18 +265,22 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         loader = self.config.loader
-        return loader.batch_size * loader.seq_len * self.config.train.grad_accum_steps
+        ranks = self.config.parallel.data_ranks(*rank_and_size())[1]
+        batch = loader.batch_size * loader.seq_len * self.config.train.grad_accum_steps
+        return batch * ranks
 
     def loader(self, part: str, **changes) -> PackedLoader:
-        "Batches of the train or val part."
-        return PackedLoader(self.datasets[part], **{**asdict(self.config.loader), **changes})
+        "Batches of the train or val part, those of this rank."
+        rank, size = self.config.parallel.data_ranks(*rank_and_size())
+        shape = {**asdict(self.config.loader), "rank": rank, "world_size": size, **changes}
+        return PackedLoader(self.datasets[part], **shape)
 
     def trainer(self, config: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
         seed_everything(config.seed)
         objective = NextTokenObjective(CausalLM(self.model))
         options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
-                   **options}
+                   "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
 
 # %% ../../nbs/library/runs.ipynb #c026
@@ -281,11 +291,14 @@ def prepare_run(config: RunConfig) -> Run:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
         config = replace(config, train=train, minutes=None)
     check_device(config.train.device, "train.device")
+    join_processes(local_device(pick_device(config.train.device)))
+    config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
     context = get_config(config.preset, config.family, **config.model).max_seq_len
     check_context(config.loader.seq_len, context)
     config = check_out(config)
     config.schedule.multiplier(0, config.train.steps)  # refuses a warm-up that fills the run
-    make_data(config)
+    with main_first():
+        make_data(config)
     tokenizer, datasets = open_data(config.data)
     changes = {"vocab_size": tokenizer.vocab_size, **config.model}
     model = get_config(config.preset, config.family, **changes)
@@ -337,22 +350,29 @@ def train(
     "Train `run` to its last step, its time limit or a signal; each saves a checkpoint."
     config = run.config.train
     busy = "a run is going on there; wait for its end, or choose another --out"
-    with directory_lock(run.out, LOCK, busy):
-        check_out(run.config)
+    with directory_lock(run.out, LOCK, busy) if is_main_process() else nullcontext():
         eval_loader = run.loader("val", shuffle=False)
         once = min(config.eval_batches, len(eval_loader))  # no sequence counts twice
         trainer = run.trainer(
             replace(config, eval_batches=once), out_dir=run.out, eval_loader=eval_loader,
             bytes_per_token=bytes_per_token(run.datasets["val"]), metadata=metadata_of(run),
             callbacks=callbacks)
-        if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
-            shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
-        save_tokenizer(run.out, run.tokenizer)
-        text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
-        atomic_write(run.out / "config.yaml", text)
+        if is_main_process():
+            check_out(run.config)
+            write_description(run)
+        barrier()
         rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
     return RunResult(rows=rows, step=trainer.progress.step, finished=trainer.progress.done >= 1,
                      signal=trainer.interrupted)
+
+
+def write_description(run: Run) -> None:
+    "The tokenizer and config.yaml, before the first step."
+    if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
+        shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
+    save_tokenizer(run.out, run.tokenizer)
+    text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
+    atomic_write(run.out / "config.yaml", text)
 
 
 def save_tokenizer(out: Path, tokenizer) -> None:

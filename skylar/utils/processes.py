@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['launched_world_size', 'local_device', 'join_processes', 'leave_processes', 'Ranks', 'SingleProcess',
-           'is_main_process', 'agree', 'barrier', 'gather_objects', 'total_norm']
+           'is_main_process', 'agree', 'barrier', 'main_first', 'rank_and_size', 'gather_objects', 'total_norm']
 
 # %% ../../nbs/library/processes.ipynb #95b6dfb7
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -106,6 +107,21 @@ def agree(*values: float) -> tuple[float, ...]:
 def barrier() -> None:
     "Wait for all processes."
     agree(0.0)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    "The main process first, then the others: they find what it has made."
+    if not is_main_process():
+        barrier()
+    yield
+    if is_main_process():
+        barrier()
+
+
+def rank_and_size() -> tuple[int, int]:
+    "Number of this process, and how many there are."
+    return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
 
 
 def gather_objects(value: Any) -> list:
