@@ -7,6 +7,7 @@ __all__ = ['launched_world_size', 'local_device', 'join_processes', 'leave_proce
            'is_main_process', 'agree', 'barrier', 'main_first', 'rank_and_size', 'gather_objects', 'total_norm']
 
 # %% ../../nbs/library/processes.ipynb #95b6dfb7
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,12 @@ def join_processes(device: torch.device, minutes: float = 10) -> None:
 
 
 def leave_processes() -> None:
-    "Leave the group that `join_processes` made."
+    """Leave the group that `join_processes` made, all together.
+
+    Wrappers such as DDP must be gone by then: one that is freed later can wait forever."""
     if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        barrier()
         dist.destroy_process_group()
 
 # %% ../../nbs/library/processes.ipynb #0f339f12
