@@ -49,7 +49,6 @@ NOT_YET_REWRITTEN = {
     "00_transformer/10_positions",
     "00_transformer/11_block",
     "00_transformer/13_optimization",
-    "00_transformer/14_checkpoints",
     "00_transformer/15_training_loop",
     "00_transformer/16_generation",
     "00_transformer/17_fused_loss",

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['launched_world_size', 'local_device', 'join_processes', 'leave_processes', 'Ranks', 'SingleProcess',
-           'is_main_process', 'agree', 'barrier', 'main_first', 'rank_and_size', 'gather_objects', 'total_norm']
+           'is_main_process', 'agree', 'barrier', 'main_first', 'rank_and_size', 'on_main', 'gather_objects',
+           'total_norm']
 
 # %% ../../nbs/library/processes.ipynb #95b6dfb7
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -127,6 +128,21 @@ def main_first() -> Iterator[None]:
 def rank_and_size() -> tuple[int, int]:
     "Number of this process, and how many there are."
     return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+
+
+def on_main(function: Callable, *args) -> None:
+    "Let the main process do it, the others wait; if it fails, all fail."
+    error = None
+    if is_main_process():
+        try:
+            function(*args)
+        except Exception as reason:  # is raised below, once the others know of it
+            error = reason
+    failed, = agree(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError("the main process failed; its message says why")
 
 
 def gather_objects(value: Any) -> list:
