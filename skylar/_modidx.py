@@ -1858,8 +1858,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'skylar/utils/processes.py'),
                                         'skylar.utils.processes.local_device': ( 'library/processes.html#local_device',
                                                                                  'skylar/utils/processes.py'),
-                                        'skylar.utils.processes.main_first': ( 'library/processes.html#main_first',
-                                                                               'skylar/utils/processes.py'),
                                         'skylar.utils.processes.on_main': ('library/processes.html#on_main', 'skylar/utils/processes.py'),
                                         'skylar.utils.processes.rank_and_size': ( 'library/processes.html#rank_and_size',
                                                                                   'skylar/utils/processes.py'),

@@ -43,7 +43,7 @@ from ..utils.checks import nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
 from ..utils.processes import barrier, is_main_process, join_processes
-from ..utils.processes import local_device, main_first, rank_and_size
+from ..utils.processes import local_device, on_main, rank_and_size
 
 # %% ../../nbs/library/runs.ipynb #c004
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class CorpusConfig:
 class LoaderConfig:
     "Which tokens make a batch: B sequences of T tokens."
 
-    batch_size: int = 16  # B: sequences in a micro-batch
+    batch_size: int = 16  # B: sequences in a micro-batch, of all processes together
     seq_len: int = 256  # T: tokens in a sequence
     seed: int = 0  # of the order
     shuffle: bool = True  # false: in the order of the corpus
@@ -265,14 +265,16 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         loader = self.config.loader
-        ranks = self.config.parallel.data_ranks(*rank_and_size())[1]
-        batch = loader.batch_size * loader.seq_len * self.config.train.grad_accum_steps
-        return batch * ranks
+        return loader.batch_size * loader.seq_len * self.config.train.grad_accum_steps
 
     def loader(self, part: str, **changes) -> PackedLoader:
-        "Batches of the train or val part, those of this rank."
+        "Batches of the train or val part; of several processes, the rows of this one."
         rank, size = self.config.parallel.data_ranks(*rank_and_size())
-        shape = {**asdict(self.config.loader), "rank": rank, "world_size": size, **changes}
+        shape = {**asdict(self.config.loader), **changes}
+        if shape["batch_size"] % size:
+            raise ValueError(f"loader.batch_size={shape['batch_size']} does not divide among "
+                             f"{size} processes; give a multiple of {size}")
+        shape |= {"batch_size": shape["batch_size"] // size, "rank": rank, "world_size": size}
         return PackedLoader(self.datasets[part], **shape)
 
     def trainer(self, config: TrainConfig, **options) -> Trainer:
@@ -297,8 +299,7 @@ def prepare_run(config: RunConfig) -> Run:
     check_context(config.loader.seq_len, context)
     config = check_out(config)
     config.schedule.multiplier(0, config.train.steps)  # refuses a warm-up that fills the run
-    with main_first():
-        make_data(config)
+    on_main(make_data, config)
     tokenizer, datasets = open_data(config.data)
     changes = {"vocab_size": tokenizer.vocab_size, **config.model}
     model = get_config(config.preset, config.family, **changes)

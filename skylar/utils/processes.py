@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['launched_world_size', 'local_device', 'join_processes', 'leave_processes', 'Ranks', 'SingleProcess',
-           'is_main_process', 'agree', 'barrier', 'main_first', 'rank_and_size', 'on_main', 'gather_objects',
-           'total_norm']
+           'is_main_process', 'agree', 'barrier', 'rank_and_size', 'on_main', 'gather_objects', 'total_norm']
 
 # %% ../../nbs/library/processes.ipynb #95b6dfb7
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -113,16 +111,6 @@ def agree(*values: float) -> tuple[float, ...]:
 def barrier() -> None:
     "Wait for all processes."
     agree(0.0)
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    "The main process first, then the others: they find what it has made."
-    if not is_main_process():
-        barrier()
-    yield
-    if is_main_process():
-        barrier()
 
 
 def rank_and_size() -> tuple[int, int]:
