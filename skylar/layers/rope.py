@@ -91,7 +91,7 @@ class RoPEScaling:
         check_positive(factor=self.factor)
         if self.factor < 1:
             raise ValueError(
-                f"factor={self.factor} shrinks; give the new length / the old")
+                f"factor={self.factor} is below 1; give new length / trained length")
 
 # %% ../../nbs/01_gqa_rope/01_rope.ipynb #c092
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class RotaryEmbedding(nn.Module):
         self.attention_scaling = 1.0 if scaling is None else scaling.attention_scaling
         self.inv_freq.copy_(compute(theta, self.d_head))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):  # called by .to(), .half(), .cuda()
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:  # rounded: compute them anew
             self.inv_freq = self.inv_freq.float()
@@ -229,7 +229,7 @@ def _ramp(theta, d_head, length, fast=32.0, slow=1.0, truncate=True):
         for rotations in (fast, slow))
     if truncate:  # round outwards to whole pairs
         low, high = math.floor(low), math.ceil(high)
-    return max(low, 0), min(high, d_head - 1)
+    return max(low, 0), min(high, d_head - 1)  # as in YaRN's code, not d_head // 2 - 1
 
 
 def _blend(theta: float, d_head: int, factor: float, low: float, high: float) -> Tensor:
@@ -244,7 +244,7 @@ def _blend(theta: float, d_head: int, factor: float, low: float, high: float) ->
 def _attention_scaling(
     factor: float, given: float | None, mscale=None, mscale_all_dim=None
 ) -> float:
-    "`given`, or 0.1 ln(factor) + 1 (Peng et al. 2023, 3.4), or DeepSeek's ratio."
+    "`given`, or 0.1 ln(factor) + 1 (Peng et al. 2023, section 3), or DeepSeek's ratio."
     def scale(strength):
         return 0.1 * strength * math.log(factor) + 1.0
 
@@ -262,14 +262,14 @@ def _check_yarn(scaling: "YaRNScaling") -> None:
         attention_factor=1.0 if given is None else given,
         mscale=scaling.mscale or 1.0, mscale_all_dim=scaling.mscale_all_dim or 1.0)
     if fast < slow:
-        raise ValueError(f"beta_fast={fast} must be above beta_slow={slow}")
+        raise ValueError(f"beta_fast={fast} must not be below beta_slow={slow}")
 
 # %% ../../nbs/01_gqa_rope/02_context_extension.ipynb #4c9db1cd
 @dataclass(frozen=True, kw_only=True)
 class YaRNScaling(RoPEScaling):
     """As Llama 3's, but blended along the pairs, and with scaled attention scores.
 
-    Source: Peng et al. 2023, sections 3.2 to 3.4; equal to Hugging Face's "yarn"."""
+    Source: Peng et al. 2023, section 3; equal to Hugging Face's "yarn"."""
     original_max_position_embeddings: int  # the trained length
     beta_fast: float = 32.0  # rotations within the trained length: above, no scaling
     beta_slow: float = 1.0  # ... below, full scaling
