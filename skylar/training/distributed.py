@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_choice, check_int
-from ..utils.processes import Ranks, SingleProcess, join_processes, launched_world_size
+from ..utils.processes import Ranks, SingleProcess, join_processes
+from ..utils.processes import launched_world_size, place
 
 # %% auto #0
 __all__ = ['PLAN', 'ParallelConfig', 'CopiedRun', 'share_matrices', 'ShardedRun']
@@ -55,26 +57,28 @@ class ParallelConfig:
                 f"tensor={self.tensor}; start another number, or change one of them")
         return rank // self.tensor, world_size // self.tensor
 
-    def apply(self, objective: nn.Module) -> SingleProcess | ShardedRun | CopiedRun:
-        "Share `objective` among the processes; it is changed in place."
-        device = next(objective.parameters()).device
+    def apply(self, objective: nn.Module, device: torch.device, seed: int):
+        "Share `objective` among the processes: it is changed in place and put on `device`."
         for block in objective.model.model.layers:
             if self.recompute:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
             if self.compile_blocks:
                 block.compile()
         if launched_world_size() == 1 and not dist.is_initialized():
-            return SingleProcess(objective)
+            return SingleProcess(objective, device, seed)
         join_processes(device)
         if self.strategy == "ddp":
-            return CopiedRun(objective)
-        return ShardedRun(objective, self.mesh(device.type, dist.get_world_size()), self)
+            return CopiedRun(objective, device, seed)
+        shared = ShardedRun(objective, self.mesh(device.type, dist.get_world_size()), self)
+        place(objective, device, seed)
+        return shared
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #63c886d4
 class CopiedRun:
     "Distributed data parallel: every rank has the whole model, gradients are averaged."
 
-    def __init__(self, objective: nn.Module):
+    def __init__(self, objective: nn.Module, device: torch.device, seed: int):
+        place(objective, device, seed)
         self.ranks = Ranks(rank=dist.get_rank(), size=dist.get_world_size())
         self.forward = DistributedDataParallel(objective, find_unused_parameters=True)
 

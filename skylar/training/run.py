@@ -33,7 +33,7 @@ from ..models.decoder import CausalLM, count_parameters, flops_per_token
 from ..models.hub import eos_token_ids, from_pretrained, load_tokenizer
 from ..models.presets import config_from_dict, config_to_dict, get_config
 from .checkpoint import checkpoint_bytes, find_checkpoint, load_metadata
-from .checkpoint import load_state, load_weights, seed_everything
+from .checkpoint import load_state, load_weights
 from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
@@ -279,8 +279,8 @@ class Run:
 
     def trainer(self, config: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
-        seed_everything(config.seed)
-        objective = NextTokenObjective(CausalLM(self.model))
+        with torch.device("meta"):  # numbers come once it is shared among the processes
+            objective = NextTokenObjective(CausalLM(self.model))
         options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
                    "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)

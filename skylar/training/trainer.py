@@ -147,8 +147,8 @@ class TrainStep:
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         share = parallel.apply if parallel is not None else SingleProcess
-        self.objective = objective.to(self.device)
-        self.parallel = share(self.objective)
+        self.objective = objective
+        self.parallel = share(objective, self.device, config.seed)
         forward = self.parallel.forward
         self.forward = torch.compile(forward) if config.compile else forward
         self.optimizer = optimizer.build(objective)
