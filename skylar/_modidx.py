@@ -1724,6 +1724,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'skylar.training.run.load_run': ('library/runs.html#load_run', 'skylar/training/run.py'),
                                      'skylar.training.run.make_data': ('library/runs.html#make_data', 'skylar/training/run.py'),
                                      'skylar.training.run.metadata_of': ('library/runs.html#metadata_of', 'skylar/training/run.py'),
+                                     'skylar.training.run.model_of': ('library/runs.html#model_of', 'skylar/training/run.py'),
                                      'skylar.training.run.open_model': ('library/runs.html#open_model', 'skylar/training/run.py'),
                                      'skylar.training.run.prepare_run': ('library/runs.html#prepare_run', 'skylar/training/run.py'),
                                      'skylar.training.run.result_summary': ('library/runs.html#result_summary', 'skylar/training/run.py'),

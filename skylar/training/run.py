@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'LoaderConfig', 'RunConfig', 'build_config', 'check_device', 'check_context',
            'check_vocabulary', 'check_space', 'stored', 'flat', 'check_same', 'has_checkpoint', 'has_metrics',
-           'is_half_made', 'check_out', 'Run', 'prepare_run', 'make_data', 'check_same_data', 'RunResult', 'train',
-           'write_description', 'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary',
+           'is_half_made', 'check_out', 'Run', 'prepare_run', 'model_of', 'make_data', 'check_same_data', 'RunResult',
+           'train', 'write_description', 'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary',
            'result_summary', 'is_finished', 'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules',
            'evaluate_run']
 
@@ -79,6 +79,7 @@ class RunConfig:
     out: str | None = None  # folder of this run; left out: the folder of --config
     preset: str = "test"  # size of the model; `skylar presets` lists them
     family: str | None = None  # gpt2, llama3, qwen3, skylar ...; left out: the preset's
+    init: str | None = None  # a trained model to start from: a run, a folder, a hub name
     minutes: float | None = None  # end after so much time, if that comes before train.steps
     resume: bool = False  # go on from the newest checkpoint in --out, or start if none
     extend_to: int | None = None  # with --resume: new train.steps; may raise --minutes, too
@@ -154,7 +155,7 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
-FREE = ("data", "out", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
+FREE = ("data", "out", "init", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
         "train.device", "parallel")
 
 
@@ -257,6 +258,7 @@ class Run:
     model: Any  # the config of the model
     tokenizer: BPETokenizer
     datasets: dict[str, ShardDataset]  # "train" and "val"
+    initial: CausalLM | None = None  # trained weights to start from
 
     @property
     def out(self) -> Path:
@@ -280,7 +282,8 @@ class Run:
     def trainer(self, config: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
         with torch.device("meta"):  # numbers come once it is shared among the processes
-            objective = NextTokenObjective(CausalLM(self.model))
+            model = CausalLM(self.model) if self.initial is None else self.initial
+        objective = NextTokenObjective(model)
         options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
                    "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
@@ -295,16 +298,21 @@ def prepare_run(config: RunConfig) -> Run:
     check_device(config.train.device, "train.device")
     join_processes(local_device(pick_device(config.train.device)))
     config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
-    context = get_config(config.preset, config.family, **config.model).max_seq_len
-    check_context(config.loader.seq_len, context)
+    if config.init is None:  # else its context is known once it is open
+        context = get_config(config.preset, config.family, **config.model).max_seq_len
+        check_context(config.loader.seq_len, context)
+    elif config.model or config.family:
+        raise ValueError(f"init={config.init!r} brings its own sizes; leave model.* and "
+                         "family out")
     config = check_out(config)
     config.schedule.multiplier(0, config.train.steps)  # refuses a warm-up that fills the run
     on_main(make_data, config)
     tokenizer, datasets = open_data(config.data)
-    changes = {"vocab_size": tokenizer.vocab_size, **config.model}
-    model = get_config(config.preset, config.family, **changes)
+    model, initial = model_of(config, tokenizer)
+    check_context(config.loader.seq_len, model.max_seq_len)
     check_vocabulary(model.vocab_size, tokenizer.vocab_size, config.data)
-    run = Run(config=config, model=model, tokenizer=tokenizer, datasets=datasets)
+    run = Run(config=config, model=model, tokenizer=tokenizer, datasets=datasets,
+              initial=initial)
     check_same_data(run)
     with torch.device("meta"):  # shapes only
         empty = CausalLM(model)
@@ -312,6 +320,20 @@ def prepare_run(config: RunConfig) -> Run:
     check_space(run.out, need, config.train)
     run.loader("train"), run.loader("val")  # refuse data shorter than one sequence
     return run
+
+
+def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
+    "Config of the model to train, and the trained model that it starts from, if any."
+    if config.init is None:
+        changes = {"vocab_size": tokenizer.vocab_size, **config.model}
+        return get_config(config.preset, config.family, **changes), None
+    if has_checkpoint(Path(config.out).expanduser()):  # the weights are in the checkpoint
+        return config_from_dict(load_metadata(config.out)["model"]), None
+    model, theirs, _ = open_model(config.init, dtype=torch.float32)
+    if tokenizer_rules(theirs) != tokenizer_rules(tokenizer):
+        raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
+                         "make it again with the tokenizer of that model")
+    return model.config, model
 
 
 def make_data(config: RunConfig) -> None:
@@ -425,7 +447,7 @@ def run_summary(run: Run) -> dict[str, str]:
     minutes = config.train.minutes
     limit = "" if minutes is None else f", at most {minutes:g} minutes"
     return {
-        "model": f"{config.preset}, {run.model.name}, "
+        "model": f"{config.init or config.preset}, {run.model.name}, "
                  f"{count_parameters(run.model):,} parameters, "
                  f"vocabulary {run.model.vocab_size}, context {run.model.max_seq_len}",
         "data": f"{n_tokens:,} tokens in {config.data}",
