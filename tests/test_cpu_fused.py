@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from skylar.inference import cpu_fused
 from skylar.inference.cpu_fused import (
     FUSE_MIN_TOKENS,
+    PREPACK_MIN_MULTIPLIES,
     PREPACK_MIN_NUMEL,
     apply_rope_fused,
     cached_fused,
@@ -174,6 +175,53 @@ def test_the_stored_measurement_supports_the_choice():
         key = row["what"], row["dtype"], row["rows"]
         ratios.setdefault(key, []).append(row["rival_us"] / row["chosen_us"])
     assert {key: r for key, r in ratios.items() if statistics.median(r) < 0.95} == {}
+
+
+def compiled_rows(what: str) -> list[dict]:
+    """Of `bench/decode_compiled.py`, which measured them on a quiet machine."""
+    stored = Path(__file__).parents[1] / "bench/results/decode_compiled.json"
+    return [row for row in json.loads(stored.read_text())["rows"] if row["what"] == what]
+
+
+def gain(row: dict) -> float:
+    """How many times faster the prepacked order is than the best plain one."""
+    us = row["us"]
+    return us.get("transposed", us["plain"]) / us["prepacked"]
+
+
+def test_stored_products_support_the_constants():
+    """Each constant lies between sizes at which one order is faster and then the other."""
+    several, single = {}, {1: {}, 2: {}}
+    for row in compiled_rows("order"):
+        numel = row["shape"][0] * row["shape"][1]
+        if row["dtype"] == "bfloat16":
+            assert numel < 2**15 or gain(row) > 1  # always prepacked
+        elif row["rows"] == 1:
+            single[row["torch_threads"]][numel] = gain(row)
+        else:
+            several.setdefault(numel * row["rows"], []).append(gain(row))
+    assert max(single[1].values()) < 1.1  # with one thread it never pays
+    assert {n for n, g in single[2].items() if g > 1.1} == {
+        n for n in single[2] if n >= PREPACK_MIN_NUMEL}
+    assert {n for n, g in several.items() if statistics.median(g) > 1} == {
+        n for n in several if n > PREPACK_MIN_MULTIPLIES}
+
+
+def test_the_copy_has_paid_for_itself_when_it_is_made():
+    rows = compiled_rows("break_even")
+    assert len(rows) == 12 and max(row["tokens"] for row in rows) < FUSE_MIN_TOKENS
+
+
+def test_fused_is_faster_than_compiled_with_a_static_cache():
+    """Or the module should go: the stored medians of `torch.compile`, frozen and not, and HF's."""
+    rows = compiled_rows("decode")
+    assert {row["case"].rsplit("-", 1)[0] for row in rows} == {
+        f"{name}-{dtype}" for name in ("test", "wide") for dtype in ("fp32", "bf16")}
+    for row in rows:
+        rates = row["tokens_per_s"]
+        assert {"growing", "static", "compiled", "frozen", "hf_compiled"} < rates.keys()
+        assert min(row["fused_over"].values()) > 1.1, row["case"]
+        assert row["case"].split("-")[1] == "bf16" or min(row["same_tokens"].values()) == 1
 
 
 def test_fused_linear_with_the_gain_of_a_norm():

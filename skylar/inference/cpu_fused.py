@@ -58,8 +58,8 @@ def can_prepack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-PREPACK_MIN_MULTIPLIES = 2**18  # a call of oneDNN's costs 8 microseconds more than a plain one
-PREPACK_MIN_NUMEL = 2**19  # weights; for one row, where several threads share the reading
+PREPACK_MIN_MULTIPLIES = 2**18  # for several rows; below, a call of oneDNN costs more
+PREPACK_MIN_NUMEL = 2**18  # weights; for one row, where several threads share the reading
 
 
 def prepacking_pays(numel: int, rows: int, threads: int) -> bool:
@@ -500,8 +500,8 @@ def fuse_for_cpu(
     return FusedDecoder(model, batch_size)
 
 # %% ../../nbs/library/cpu_fused.ipynb #6dd03b60
-FUSE_MAX_BYTES = 2**31  # larger models are not copied unless asked for
-FUSE_MIN_TOKENS = 16  # for fewer new tokens the copy does not pay
+FUSE_MAX_BYTES = 2**31  # a limit on memory: larger models are copied only if asked for
+FUSE_MIN_TOKENS = 20  # by then the copy has paid in every stored measurement
 
 _FUSED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 _LOCK = threading.Lock()

@@ -319,7 +319,7 @@ def read_scaling(
 ) -> RoPEScaling | None:  # None for None, {} and rope_type "default"
     "Raises `ValueError` for a kind, a field or a value that cannot be honored exactly."
     given = {name: v for name, v in (rope_parameters or {}).items() if v is not None}
-    old_name = given.pop("type", "default")  # before transformers 4.45
+    old_name = given.pop("type", "default")  # before transformers 4.43
     name = given.pop("rope_type", old_name)
     kind = _KINDS.get(name)
     if kind is None and name != "default":

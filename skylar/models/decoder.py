@@ -104,7 +104,7 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(tokens.queries.position_ids)
         x = self.dropout(x)
         for layer, inputs in zip(self.layers, attention_inputs(self, x, tokens, cache)):
-            x = layer(x, *inputs)  # inputs: masks, rotary tables, the layer's cache
+            x = layer(x, *inputs)  # masks, rotary tables (next chapter), its cache
         if cache is not None:  # see the KV-cache lesson
             cache.commit(input_ids.shape[1])
         return self.norm(x)

@@ -40,43 +40,50 @@ def _chunk_loss(
     return loss
 
 # %% ../../nbs/00_transformer/17_fused_loss.ipynb #c035
+def _loss_and_gradients(
+    h: Tensor, w: Tensor, labels: Tensor, valid: Tensor,
+    chunk: int, block: int, z_loss: float, softcap: float | None, needed: tuple,
+) -> tuple:  # summed loss; gradients of h and w, None where not needed
+    wide = torch.promote_types(w.dtype, torch.float32)
+    loss, grad_w = h.new_zeros((), dtype=wide), None
+    grad_h = torch.empty_like(h) if needed[0] else None
+    logits = w.new_empty(min(chunk, len(h)), len(w))  # (C, V), of every chunk in turn
+    x = w.new_empty(min(block, len(logits)), len(w), dtype=wide)  # of every block
+    p = torch.empty_like(x)
+    for i in range(0, len(h), chunk):
+        rows = h[i:i + chunk]
+        g = torch.mm(rows, w.T, out=logits[:len(rows)])
+        for j in range(0, len(rows), block):
+            n, at = len(g[j:j + block]), slice(i + j, i + min(j + block, len(rows)))
+            loss = loss + _chunk_loss(  # += compiles to wrong gradients in PyTorch 2.11
+                g[j:j + n], x[:n], p[:n], labels[at], valid[at], z_loss, softcap)
+        if needed[0]:
+            torch.mm(g, w, out=grad_h[i:i + chunk])
+        if needed[1]:
+            share = g.T @ rows
+            only = len(h) <= chunk  # one chunk: nothing to add up in float32
+            grad_w = share if only else share.to(wide) if i == 0 else grad_w.add_(share)
+    return loss, grad_h, grad_w
+
+# %% ../../nbs/00_transformer/17_fused_loss.ipynb #80e71ed2
 def _scaled(grad: Tensor | None, upstream: Tensor, dtype: torch.dtype) -> Tensor | None:
-    "`upstream * grad` in `dtype`, as a tensor of its own: the stored one may be needed again."
+    "`upstream * grad` in `dtype`, a new tensor: the stored one may be needed again."
     if grad is None or grad.dtype == dtype:
         return grad if grad is None else grad * upstream
     on_cpu = upstream.device.type == "cpu" and not torch.compiler.is_compiling()
     fresh = grad.to(dtype)
     return fresh if on_cpu and upstream == 1 else fresh.mul_(upstream)
 
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    "Summed cross-entropy of `hidden @ weight.T`; makes its gradients going forward."
+    "Summed cross-entropy of `hidden @ weight.T`; computes its gradients in forward."
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, valid, dtype, chunk, block, z_loss, softcap):
-        h, w = hidden.to(dtype), weight.to(dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        need_h, need_w = ctx.needs_input_grad[:2]
-        loss = hidden.new_zeros((), dtype=wide)
-        grad_h = torch.empty_like(h) if need_h else None
-        grad_w = None
-        logits = w.new_empty(min(chunk, len(h)), len(w))  # (C, V) used again by every chunk
-        x = w.new_empty(min(block, len(logits)), len(w), dtype=wide)  # and by every block
-        p = torch.empty_like(x)
-        for i in range(0, len(h), chunk):
-            rows = h[i:i + chunk]
-            g = torch.mm(rows, w.T, out=logits[:len(rows)])
-            for j in range(0, len(rows), block):
-                n, at = len(g[j:j + block]), slice(i + j, i + min(j + block, len(rows)))
-                loss = loss + _chunk_loss(  # += compiles to wrong gradients in PyTorch 2.11
-                    g[j:j + n], x[:n], p[:n], labels[at], valid[at], z_loss, softcap
-                )
-            if need_h:
-                torch.mm(g, w, out=grad_h[i:i + chunk])
-            if need_w:
-                share = g.T @ rows
-                only = len(h) <= chunk  # one chunk: nothing to add up in fp32
-                grad_w = share if only else share.to(wide) if i == 0 else grad_w.add_(share)
-        if need_w and grad_w is None:
+    def forward(ctx, hidden, weight, labels, valid, dtype, *options):
+        needed = ctx.needs_input_grad[:2]
+        loss, grad_h, grad_w = _loss_and_gradients(
+            hidden.to(dtype), weight.to(dtype), labels, valid, *options, needed)
+        if needed[1] and grad_w is None:  # no rows
             grad_w = torch.zeros_like(weight)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -85,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        grads = [_scaled(g, upstream, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes)]
+        grads = [_scaled(g, upstream, d) for g, d in zip(ctx.saved_tensors, ctx.dtypes)]
         return *grads, None, None, None, None, None, None, None
 
 # %% ../../nbs/00_transformer/17_fused_loss.ipynb #c037
@@ -140,18 +147,36 @@ def cross_entropy(
 LOSSES = {"fused": linear_cross_entropy, "plain": cross_entropy}
 
 # %% ../../nbs/00_transformer/17_fused_loss.ipynb #c048
+def _check_keys(batch: dict[str, Tensor]) -> None:
+    for key in ("input_ids", "labels"):
+        if key not in batch:
+            raise ValueError(f"the batch has no {key!r}, only {', '.join(batch)}")
+
+
+def _check_shifted(batch: dict[str, Tensor], ignore_index: int) -> None:
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.shape != labels.shape:
+        raise ValueError(f"input_ids are {tuple(ids.shape)}, labels "
+                         f"{tuple(labels.shape)}: they must have one shape")
+    valid = labels != ignore_index
+    copies = bool((labels == ids)[valid].all())
+    differs = (labels[:, :-1] != ids[:, 1:]) & valid[:, :-1]  # from the next input
+    if copies and bool(differs.any()):
+        raise ValueError(
+            "labels equal input_ids (Hugging Face's convention, shifted inside their "
+            "models): here labels[:, t] is the token after input_ids[:, t]; give "
+            "input_ids=x[:, :-1] and labels=x[:, 1:]")
+
+# %% ../../nbs/00_transformer/17_fused_loss.ipynb #bc684a54
 class NextTokenObjective(nn.Module):
-    """Pretraining: predict each next token. `labels[t]` is the token after `input_ids[t]`.
+    """Pretraining: predict each next token; `labels[t]` follows `input_ids[t]`.
 
     A batch holds input_ids and labels (B, T), -100 where a target does not count;
     document_ids and position_ids (B, T) too if several documents share a sequence."""
 
-    def __init__(
-        self,
-        model: nn.Module,  # a CausalLM: .model gives hidden states, .lm_head projects them
-        loss: str = "fused",  # or plain
-        **options,  # z_loss, softcap, ignore_index; chunk for the fused loss
-    ):
+    def __init__(self, model: nn.Module,  # a CausalLM: .model and .lm_head
+                 loss: str = "fused",  # or plain
+                 **options):  # z_loss, softcap, ignore_index; chunk for the fused loss
         super().__init__()
         self.model, self.options = model, options
         self.loss = LOSSES[check_choice("loss", loss, LOSSES)]
@@ -160,29 +185,15 @@ class NextTokenObjective(nn.Module):
         self.check_keys(batch)
         hidden = self.model.model(
             batch["input_ids"], batch.get("position_ids"), batch.get("document_ids"))
-        loss_sum, n_valid = self.loss(
-            rearrange(hidden, "b t d -> (b t) d"), self.model.lm_head.weight,
-            rearrange(batch["labels"], "b t -> (b t)"), **self.options)
-        return LossOutput(loss_sum, n_valid, {})
+        hidden, labels = hidden.flatten(0, 1), batch["labels"].flatten()
+        sums = self.loss(hidden, self.model.lm_head.weight, labels, **self.options)
+        return LossOutput(*sums, {})
 
     def check_keys(self, batch: dict[str, Tensor]) -> None:
         "`ValueError` for a batch without inputs or labels."
-        for key in ("input_ids", "labels"):
-            if key not in batch:
-                raise ValueError(f"the batch has no {key!r}, only {', '.join(batch)}")
+        _check_keys(batch)
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         "`ValueError` for labels that are not shifted; the Trainer calls it once."
         self.check_keys(batch)
-        ids, labels = batch["input_ids"], batch["labels"]
-        if ids.shape != labels.shape:
-            raise ValueError(f"input_ids are {tuple(ids.shape)}, labels "
-                             f"{tuple(labels.shape)}: they must have one shape")
-        valid = labels != self.options.get("ignore_index", -100)
-        copies = bool((labels == ids)[valid].all())
-        differs = (labels[:, :-1] != ids[:, 1:]) & valid[:, :-1]  # from the next input
-        if copies and bool(differs.any()):
-            raise ValueError(
-                "labels equal input_ids (Hugging Face's convention, shifted inside their "
-                "models): here labels[:, t] is the token after input_ids[:, t]; give "
-                "input_ids=x[:, :-1] and labels=x[:, 1:]")
+        _check_shifted(batch, self.options.get("ignore_index", -100))
