@@ -723,9 +723,7 @@ def test_every_signal_that_ends_a_job_saves(straight, tmp_path, name):
     assert_equal_to(straight, tmp_path)
 
 
-def test_a_process_group_of_two_is_refused(monkeypatch, tmp_path):
+def test_a_process_group_of_two_needs_a_parallel_config(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes: Skylar trains in one process so far"):
+    with pytest.raises(ValueError, match="2 processes, and nothing says how they share the run"):
         build(tmp_path)
-    with pytest.raises(ValueError, match="2 processes"):
-        save_checkpoint(tmp_path, 1, Tiny())

@@ -89,7 +89,8 @@ class Killed(BaseException):
     """SIGKILL, as far as files are concerned: nothing after it runs, locks are freed."""
 
 
-@pytest.mark.parametrize("point", ["atomic_write", "save_tokenizer", "seed_everything", "Trainer"])
+@pytest.mark.parametrize(
+    "point", ["atomic_write", "save_tokenizer", "NextTokenObjective", "Trainer"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_killed_while_starting_the_same_folder_can_be_used(config, monkeypatch, point, resume):
     def killed(*args, **kwargs):

@@ -244,12 +244,19 @@ def pretrain(
         --optimizer.lr 1e-3 --train.steps 2000 --loader.seq_len 512
       skylar pretrain --config runs/first/config.yaml --resume
       skylar pretrain --config runs/first/config.yaml --resume --extend_to 5000
+      torchrun --nproc-per-node 8 -m skylar pretrain --data data/plays --out runs/eight
     """
     from skylar.training.run import prepare_run, result_summary, run_summary, train
+    from skylar.utils.processes import is_main_process, leave_processes
 
     run = prepare_run(config)
-    show_summary(run_summary(run))
+    if is_main_process():
+        show_summary(run_summary(run))
     result = train(run)
+    leads = is_main_process()
+    leave_processes()
+    if not leads:
+        return 130 if result.signal else 0
     again = command_line("skylar", "pretrain", "--config", run.out / "config.yaml", "--resume")
     if result.signal:
         print(f"skylar: stopped and saved; go on with `{again}`", file=sys.stderr)

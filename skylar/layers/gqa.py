@@ -128,9 +128,10 @@ class GroupedQueryAttention(nn.Module):
         cache=None,  # keys and values of tokens read before; needs inputs.slots
     ) -> Tensor:  # (B, T, D)
         inputs = self.prepare(x) if inputs is None else inputs
+        q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (  # views: `rearrange` says it best, but costs much at T = 1
-            project(x).view(*x.shape[:2], -1, self.d_head)  # (B, T, H or K, Dh)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            y.view(*x.shape[:2], y.shape[-1] // self.d_head, self.d_head)
+            for y in (q, k, v)  # (B, T, H or K, Dh)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

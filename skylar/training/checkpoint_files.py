@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ..utils.files import read_json, sha256_file, verify_manifest
+from ..utils.processes import is_main_process, on_main, rank_and_size
 
 # %% ../../nbs/library/checkpoint_files.ipynb #7d443a7f
 INDEX_CLASSES = (
@@ -102,6 +104,9 @@ def root_cause(error: BaseException) -> BaseException:
     return next((e for e in chain if isinstance(e, OSError)), error)
 
 # %% ../../nbs/library/checkpoint_files.ipynb #509aa24c
+def _is_alone() -> bool:
+    return rank_and_size()[1] == 1
+
 def write_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
     "A DCP folder: each rank writes its part, and any number of ranks can read it."
     names = named_tensors(model, objective)
@@ -110,7 +115,7 @@ def write_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) 
         state |= named_moments(names, optimizer)
     assert all(isinstance(t, Tensor) for t in state.values()), "tensors only"
     with unwrap_dcp_errors():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=_is_alone())
 
 # %% ../../nbs/library/checkpoint_files.ipynb #82e4ddc3
 def read_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
@@ -123,7 +128,7 @@ def read_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -
     for name, values in moments.items():
         state |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
     with unwrap_dcp_errors():
-        dcp.load(state, storage_reader=SafeReader(path), no_dist=True)
+        dcp.load(state, storage_reader=SafeReader(path), no_dist=_is_alone())
     if moments:
         groups = optimizer.state_dict()["param_groups"]
         order = [p for group in optimizer.param_groups for p in group["params"]]
@@ -167,6 +172,9 @@ REMEDY = "write the name of an older checkpoint into `latest` to go back to it"
 
 def verify_checkpoint(folder: Path) -> None:
     "`ValueError` that names the first file which is missing or changed."
+    on_main(_verify_files, folder)  # once for all processes
+
+def _verify_files(folder: Path) -> None:
     listed = read_json(folder / "manifest.json")
     here = [p.relative_to(folder).as_posix() for p in (folder / "tensors").glob("*")]
     for name in ("state.json", "metadata.json", "tensors/.metadata", *sorted(here)):
@@ -256,15 +264,17 @@ def load_state(path: Path | str) -> dict:
 def temporary_folder(final: Path):
     "An empty folder beside `final`, for what will be renamed to `final`; removed at the end."
     temporary = final.with_name(f".tmp-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove = partial(shutil.rmtree, temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
+        on_main(remove)
+        on_main(partial(temporary.mkdir, parents=True))
         yield temporary
     except OSError as error:
         reason = error.strerror or str(error)
         raise OSError(f"cannot save {final}: {reason}; older ones are whole") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_main_process():
+            remove()
 
 # %% ../../nbs/library/checkpoint_files.ipynb #ff0acfe3
 TENSOR_OVERHEAD = 2500  # bytes that headers and the index of DCP take for each tensor

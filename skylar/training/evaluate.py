@@ -15,6 +15,7 @@ from torch import nn
 
 from .objective import check_objective, check_output
 from ..utils.devices import autocast, pick_dtype, to_device
+from ..utils.processes import Ranks
 
 # %% ../../nbs/library/evaluate.ipynb #811493fc
 def lm_metrics(loss: float, bytes_per_token: float | None = None) -> dict[str, float]:
@@ -32,6 +33,7 @@ def evaluate(
     n_batches: int | None = None,  # at most so many; None: one pass over the data
     bytes_per_token: float | None = None,  # text bytes for each target: bits per byte
     dtype: str = "auto",  # auto, bfloat16 or float32
+    ranks: Ranks | None = None,  # that divide the batches among them; None: one
 ) -> dict[str, float]:  # val_loss, val_perplexity, val_bits_per_byte, val_<metric>
     """Mean loss over all valid targets, and what it means.
 
@@ -53,6 +55,10 @@ def evaluate(
         objective.train(training)
         if start is not None:
             loader.load_state_dict(start)
+    loss_sum, n_valid = sums.pop("loss", (0.0, 0))
+    loss_sum, n_valid, sums = (ranks or Ranks()).sum_totals(
+        loss_sum, n_valid, sums, device)
+    sums["loss"] = loss_sum, n_valid
     means = {k: float(s) / int(n) for k, (s, n) in sums.items() if int(n)}
     if "loss" not in means:
         raise ValueError("evaluation saw no valid target: the evaluation data is empty")

@@ -9,6 +9,8 @@ __all__ = ['RunProgress', 'format_metrics', 'format_seconds', 'ProgressReporter'
 import sys
 import time
 
+from ..utils.processes import agree
+
 # %% ../../nbs/library/progress.ipynb #d3420dc3
 class RunProgress:
     "How far a run has come: steps, seconds, and the share of it that is done."
@@ -31,10 +33,10 @@ class RunProgress:
         return self.before + running
 
     def advance(self) -> None:
-        "One step more; looks at the clock."
+        "One step more; looks at the clock, of all processes at the slowest one's."
         self.step += 1
         if self.minutes is not None:
-            self.time_done = self.seconds / (60 * self.minutes)
+            self.time_done, = agree(self.seconds / (60 * self.minutes))
 
     @property
     def done(self) -> float:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'LoaderConfig', 'RunConfig', 'build_config', 'check_device', 'check_context',
            'check_vocabulary', 'check_space', 'stored', 'flat', 'check_same', 'has_checkpoint', 'has_metrics',
-           'is_half_made', 'check_out', 'Run', 'prepare_run', 'make_data', 'check_same_data', 'RunResult', 'train',
-           'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary', 'result_summary', 'is_finished',
-           'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules', 'evaluate_run']
+           'is_half_made', 'check_out', 'Run', 'prepare_run', 'model_of', 'make_data', 'check_same_data', 'RunResult',
+           'train', 'write_description', 'save_tokenizer', 'run_metadata', 'metadata_of', 'save_run', 'run_summary',
+           'result_summary', 'is_finished', 'load_run', 'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules',
+           'evaluate_run']
 
 # %% ../../nbs/library/runs.ipynb #c002
 import json
@@ -15,6 +16,7 @@ import shutil
 import tempfile
 import textwrap
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,7 +33,8 @@ from ..models.decoder import CausalLM, count_parameters, flops_per_token
 from ..models.hub import eos_token_ids, from_pretrained, load_tokenizer
 from ..models.presets import config_from_dict, config_to_dict, get_config
 from .checkpoint import checkpoint_bytes, find_checkpoint, load_metadata
-from .checkpoint import load_state, load_weights, seed_everything
+from .checkpoint import load_state, load_weights
+from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
 from .optim import AdamWConfig, ScheduleConfig
@@ -39,6 +42,8 @@ from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
+from ..utils.processes import barrier, is_main_process, join_processes
+from ..utils.processes import local_device, on_main, rank_and_size
 
 # %% ../../nbs/library/runs.ipynb #c004
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class CorpusConfig:
 class LoaderConfig:
     "Which tokens make a batch: B sequences of T tokens."
 
-    batch_size: int = 16  # B: sequences in a micro-batch
+    batch_size: int = 16  # B: sequences in a micro-batch, of all processes together
     seq_len: int = 256  # T: tokens in a sequence
     seed: int = 0  # of the order
     shuffle: bool = True  # false: in the order of the corpus
@@ -74,6 +79,7 @@ class RunConfig:
     out: str | None = None  # folder of this run; left out: the folder of --config
     preset: str = "test"  # size of the model; `skylar presets` lists them
     family: str | None = None  # gpt2, llama3, qwen3, skylar ...; left out: the preset's
+    init: str | None = None  # a trained model to start from: a run, a folder, a hub name
     minutes: float | None = None  # end after so much time, if that comes before train.steps
     resume: bool = False  # go on from the newest checkpoint in --out, or start if none
     extend_to: int | None = None  # with --resume: new train.steps; may raise --minutes, too
@@ -83,6 +89,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()  # under torchrun
 
 # %% ../../nbs/library/runs.ipynb #c006
 def build_config(
@@ -148,8 +155,8 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
-FREE = ("data", "out", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.device")
+FREE = ("data", "out", "init", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
+        "train.device", "parallel")
 
 
 def stored(config: RunConfig) -> dict:
@@ -251,6 +258,7 @@ class Run:
     model: Any  # the config of the model
     tokenizer: BPETokenizer
     datasets: dict[str, ShardDataset]  # "train" and "val"
+    initial: CausalLM | None = None  # trained weights to start from
 
     @property
     def out(self) -> Path:
@@ -262,15 +270,22 @@ class Run:
         return loader.batch_size * loader.seq_len * self.config.train.grad_accum_steps
 
     def loader(self, part: str, **changes) -> PackedLoader:
-        "Batches of the train or val part."
-        return PackedLoader(self.datasets[part], **{**asdict(self.config.loader), **changes})
+        "Batches of the train or val part; of several processes, the rows of this one."
+        rank, size = self.config.parallel.data_ranks(*rank_and_size())
+        shape = {**asdict(self.config.loader), **changes}
+        if shape["batch_size"] % size:
+            raise ValueError(f"loader.batch_size={shape['batch_size']} does not divide among "
+                             f"{size} processes; give a multiple of {size}")
+        shape |= {"batch_size": shape["batch_size"] // size, "rank": rank, "world_size": size}
+        return PackedLoader(self.datasets[part], **shape)
 
     def trainer(self, config: TrainConfig, **options) -> Trainer:
         "A Trainer for a new model whose weights depend on the seed alone."
-        seed_everything(config.seed)
-        objective = NextTokenObjective(CausalLM(self.model))
+        with torch.device("meta"):  # numbers come once it is shared among the processes
+            model = CausalLM(self.model) if self.initial is None else self.initial
+        objective = NextTokenObjective(model)
         options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
-                   **options}
+                   "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
 
 # %% ../../nbs/library/runs.ipynb #c026
@@ -281,16 +296,23 @@ def prepare_run(config: RunConfig) -> Run:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
         config = replace(config, train=train, minutes=None)
     check_device(config.train.device, "train.device")
-    context = get_config(config.preset, config.family, **config.model).max_seq_len
-    check_context(config.loader.seq_len, context)
+    join_processes(local_device(pick_device(config.train.device)))
+    config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
+    if config.init is None:  # else its context is known once it is open
+        context = get_config(config.preset, config.family, **config.model).max_seq_len
+        check_context(config.loader.seq_len, context)
+    elif config.model or config.family:
+        raise ValueError(f"init={config.init!r} brings its own sizes; leave model.* and "
+                         "family out")
     config = check_out(config)
     config.schedule.multiplier(0, config.train.steps)  # refuses a warm-up that fills the run
-    make_data(config)
+    on_main(make_data, config)
     tokenizer, datasets = open_data(config.data)
-    changes = {"vocab_size": tokenizer.vocab_size, **config.model}
-    model = get_config(config.preset, config.family, **changes)
+    model, initial = model_of(config, tokenizer)
+    check_context(config.loader.seq_len, model.max_seq_len)
     check_vocabulary(model.vocab_size, tokenizer.vocab_size, config.data)
-    run = Run(config=config, model=model, tokenizer=tokenizer, datasets=datasets)
+    run = Run(config=config, model=model, tokenizer=tokenizer, datasets=datasets,
+              initial=initial)
     check_same_data(run)
     with torch.device("meta"):  # shapes only
         empty = CausalLM(model)
@@ -298,6 +320,20 @@ def prepare_run(config: RunConfig) -> Run:
     check_space(run.out, need, config.train)
     run.loader("train"), run.loader("val")  # refuse data shorter than one sequence
     return run
+
+
+def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
+    "Config of the model to train, and the trained model that it starts from, if any."
+    if config.init is None:
+        changes = {"vocab_size": tokenizer.vocab_size, **config.model}
+        return get_config(config.preset, config.family, **changes), None
+    if has_checkpoint(Path(config.out).expanduser()):  # the weights are in the checkpoint
+        return config_from_dict(load_metadata(config.out)["model"]), None
+    model, theirs, _ = open_model(config.init, dtype=torch.float32)
+    if tokenizer_rules(theirs) != tokenizer_rules(tokenizer):
+        raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
+                         "make it again with the tokenizer of that model")
+    return model.config, model
 
 
 def make_data(config: RunConfig) -> None:
@@ -337,22 +373,29 @@ def train(
     "Train `run` to its last step, its time limit or a signal; each saves a checkpoint."
     config = run.config.train
     busy = "a run is going on there; wait for its end, or choose another --out"
-    with directory_lock(run.out, LOCK, busy):
-        check_out(run.config)
+    with directory_lock(run.out, LOCK, busy) if is_main_process() else nullcontext():
         eval_loader = run.loader("val", shuffle=False)
         once = min(config.eval_batches, len(eval_loader))  # no sequence counts twice
         trainer = run.trainer(
             replace(config, eval_batches=once), out_dir=run.out, eval_loader=eval_loader,
             bytes_per_token=bytes_per_token(run.datasets["val"]), metadata=metadata_of(run),
             callbacks=callbacks)
-        if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
-            shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
-        save_tokenizer(run.out, run.tokenizer)
-        text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
-        atomic_write(run.out / "config.yaml", text)
+        if is_main_process():
+            check_out(run.config)
+            write_description(run)
+        barrier()
         rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
     return RunResult(rows=rows, step=trainer.progress.step, finished=trainer.progress.done >= 1,
                      signal=trainer.interrupted)
+
+
+def write_description(run: Run) -> None:
+    "The tokenizer and config.yaml, before the first step."
+    if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
+        shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
+    save_tokenizer(run.out, run.tokenizer)
+    text = yaml.safe_dump(stored(run.config), sort_keys=False, allow_unicode=True)
+    atomic_write(run.out / "config.yaml", text)
 
 
 def save_tokenizer(out: Path, tokenizer) -> None:
@@ -404,7 +447,7 @@ def run_summary(run: Run) -> dict[str, str]:
     minutes = config.train.minutes
     limit = "" if minutes is None else f", at most {minutes:g} minutes"
     return {
-        "model": f"{config.preset}, {run.model.name}, "
+        "model": f"{config.init or config.preset}, {run.model.name}, "
                  f"{count_parameters(run.model):,} parameters, "
                  f"vocabulary {run.model.vocab_size}, context {run.model.max_seq_len}",
         "data": f"{n_tokens:,} tokens in {config.data}",

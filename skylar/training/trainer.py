@@ -23,12 +23,14 @@ from .objective import check_contract, check_objective, check_output
 from .optim import AdamWConfig, ScheduleConfig
 from .progress import ProgressReporter, RunProgress
 from ..utils.checks import check_choice, check_int, check_positive
-from ..utils.devices import autocast, check_single_process, pick_device
+from ..utils.devices import autocast, pick_device
 from ..utils.devices import pick_dtype, to_device
+from ..utils.processes import SingleProcess, agree, is_main_process
+from ..utils.processes import launched_world_size, local_device, total_norm
 
 # %% auto #0
-__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'global_sum',
-           'TrainStep', 'cycle', 'checked_batches', 'check_parts', 'run_settings', 'take_steps', 'Trainer']
+__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'TrainStep',
+           'cycle', 'checked_batches', 'check_parts', 'run_settings', 'asked_to_stop', 'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -134,21 +136,21 @@ class NonfiniteCounter:
         self.skipped = torch.full_like(self.skipped, state["skipped"])
 
 
-def global_sum(count: Tensor | int, device: torch.device) -> Tensor:
-    "The number of valid targets of all ranks: here there is one."
-    return torch.as_tensor(count, device=device)
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #5a0bddd5
 class TrainStep:
     "Micro-batches in, one update of the weights out; the host does not wait for the device."
 
-    def __init__(self, objective, config, optimizer, schedule):
+    def __init__(self, objective, config, optimizer, schedule, parallel=None):
         check_master_weights(objective)
         self.config, self.schedule = config, schedule
-        self.device = pick_device(config.device)
+        self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.objective = objective.to(self.device)
-        self.forward = torch.compile(objective) if config.compile else objective
+        share = parallel.apply if parallel is not None else SingleProcess
+        self.objective = objective
+        self.parallel = share(objective, self.device, config.seed)
+        forward = self.parallel.forward
+        self.forward = torch.compile(forward) if config.compile else forward
         self.optimizer = optimizer.build(objective)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -159,11 +161,10 @@ class TrainStep:
         factor = self.schedule.multiplier(step, self.config.steps, time_done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = lr * factor
-        micro = islice(batches, self.config.grad_accum_steps)
-        loss_sum, n_valid, metrics = self.backward(micro)
-        count = n_valid.clamp(min=1)
+        loss_sum, n_valid, metrics = self.backward(batches)
+        count = n_valid.clamp(min=1) / self.parallel.ranks.size  # ranks' gradients are averaged
         grads = [p.grad for p in self.params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) / count
+        norm = total_norm(grads) / count
         finite = loss_sum.isfinite() & norm.isfinite()
         limit = self.config.max_grad_norm or math.inf
         clip = (limit / (norm + 1e-6)).clamp(max=1.0)
@@ -171,10 +172,11 @@ class TrainStep:
         loss = loss_sum.where(finite, 0.0), n_valid.where(finite, 0)
         return StepOutput(loss, n_valid, norm, self.base_lrs[0] * factor, metrics)
 
-    def backward(self, batches: Iterable[dict]) -> tuple[Tensor, Tensor, dict]:
+    def backward(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, dict]:
         "Gradients of the *summed* loss of all micro-batches; its sum, count and metrics."
-        loss_sum, n_valid, metrics = 0.0, 0, {}
-        for batch in batches:
+        loss_sum, n_valid, metrics, n = 0.0, 0, {}, self.config.grad_accum_steps
+        for i, batch in enumerate(islice(batches, n)):
+            self.parallel.sync_gradients(i == n - 1)  # once a step is enough
             with autocast(self.device, self.dtype):
                 output = check_output(self.forward(to_device(batch, self.device)))
             output.loss_sum.backward()
@@ -182,7 +184,8 @@ class TrainStep:
             for name, (total, count) in output.metrics.items():
                 have = metrics.get(name, (0.0, 0))
                 metrics[name] = have[0] + total, have[1] + count
-        return loss_sum, global_sum(n_valid, self.device), metrics
+        self.parallel.finish_gradients()
+        return self.parallel.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
 
     def update(self, grads: list[Tensor], divisor: Tensor, finite: Tensor) -> None:
         "Divide the gradients and move the weights, unless something is NaN or infinite."
@@ -217,9 +220,11 @@ def checked_batches(loader: Iterable[dict], train_step: TrainStep) -> Iterator[d
     return chain([first], batches)
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #49cbe05c
-def check_parts(objective, loader, config, optimizer, schedule) -> None:
+def check_parts(objective, loader, config, optimizer, schedule, parallel=None) -> None:
     "`ValueError` that names the contract which something given to the Trainer breaks."
-    check_single_process()
+    if parallel is None and (n := launched_world_size()) > 1:
+        raise ValueError(f"{n} processes, and nothing says how they share the run; give "
+                         "Trainer(..., parallel=ParallelConfig())")
     check_objective(objective)
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config is a {type(config).__name__}; give a TrainConfig")
@@ -243,6 +248,12 @@ def run_settings(config: TrainConfig, optimizer, schedule) -> dict:
     return json.loads(json.dumps(settings))
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c054
+def asked_to_stop(stop: StopSignals, metrics: MetricsLogger) -> bool:
+    "A signal, or a callback's True, of any rank counts for all: they stop after one step."
+    signal_number, asked = agree(stop.received or 0, metrics.stop_requested)
+    stop.received, metrics.stop_requested = int(signal_number) or None, bool(asked)
+    return bool(signal_number or asked)
+
 def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) -> None:
     "Step, log, save, until the run is done, a signal came, or a callback asked to stop."
     train_step, progress, metrics = trainer.train_step, trainer.progress, trainer.metrics
@@ -250,7 +261,7 @@ def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) ->
     batches = checked_batches(trainer.loader, train_step)
     metrics.stop_requested = False
     trainer.objective.train()
-    while progress.done < 1 and not (stop.received or metrics.stop_requested):
+    while progress.done < 1 and not asked_to_stop(stop, metrics):
         start = time.perf_counter()
         output = train_step(batches, progress.step, progress.time_done)
         metrics.add(output, time.perf_counter() - start)
@@ -274,19 +285,22 @@ class Trainer:
         eval_loader: Iterable[dict] | None = None,
         bytes_per_token: float | None = None,  # text bytes for each validation target
         metadata: dict | None = None,  # JSON-able, kept in every checkpoint
+        parallel=None,  # ParallelConfig(...), under torchrun
         callbacks: Iterable[Callable] = (),  # each gets the rows; True saves and stops
         quiet: bool = False,
     ):
         config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
         schedule = schedule or ScheduleConfig()
-        check_parts(objective, loader, config, optimizer, schedule)
-        self.config, self.loader, self.quiet = config, loader, quiet
+        check_parts(objective, loader, config, optimizer, schedule, parallel)
+        self.config, self.loader = config, loader
+        self.quiet = quiet or not is_main_process()
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
-        self.train_step = TrainStep(objective, config, optimizer, schedule)
+        self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
-        self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
+        writes = out and is_main_process()
+        self.metrics = MetricsLogger(out / "metrics.jsonl" if writes else None, callbacks)
         self.checkpoints = out and CheckpointManager(
             out, self, run_settings(config, optimizer, schedule), metadata)
         self.interrupted: int | None = None  # number of the signal that ended train
@@ -298,7 +312,7 @@ class Trainer:
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
         with StopSignals() as stop, ProgressReporter(self.quiet) as report:
             if self.progress.step == 0:  # called again it goes on in memory
-                seed_everything(self.config.seed)
+                seed_everything(self.config.seed + self.train_step.parallel.ranks.rank)
                 if self.checkpoints:
                     self.checkpoints.begin(resume, extend, report.say)
             take_steps(self, report, stop)
@@ -320,4 +334,5 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.objective, self.eval_loader, self.config.eval_batches,
-                        self.bytes_per_token, dtype=self.config.dtype)
+                        self.bytes_per_token, dtype=self.config.dtype,
+                        ranks=self.train_step.parallel.ranks)
