@@ -53,7 +53,7 @@ quick: $(VENV)/.dev
 	$(PYTEST) -q tests -m 'not slow and not browser and not gpu' --durations=10
 
 lab: $(VENV)/.dev
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 lessons: $(VENV)/.dev
 	$(BIN)/python tools/lessons.py time

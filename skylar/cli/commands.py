@@ -473,7 +473,7 @@ def lesson_start(
     copy = start_lesson(path, out, force)
     show_summary({"lesson": lesson_name(path), "your copy": str(copy)})
     if others := others_with(lesson, path, nbs):
-        print(f"{lesson} is also the number of {' and '.join(others)}")
+        print(f"{lesson} is also the number of {' and '.join(others)}: give that name for it")
     words = ["skylar", "lesson", "check", path.stem.partition("_")[2]]
     print("now open it in JupyterLab, and try:",
           command_line(*words, *(["--out", out] if out != "my_lessons" else [])))
