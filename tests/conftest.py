@@ -31,6 +31,11 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_pages_of_the_site",
         "test_solutions_are_closed_on_the_site",
     },
+    "test_distributed": {
+        "test_the_same_run_as_alone_at_unequal_target_counts",
+        "test_a_run_goes_on_at_another_number_of_processes",
+        "test_a_batch_that_does_not_divide_is_refused_before_anything_is_written",
+    },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
     "test_hub": {"test_loading_needs_memory_for_the_model_once"},

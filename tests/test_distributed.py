@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,48 @@ def test_what_does_not_divide_is_refused():
         ParallelConfig(tensor=2).data_ranks(0, 3)
     with pytest.raises(ValueError, match="strategy='ddp' copies the model"):
         ParallelConfig(strategy="ddp", tensor=2)
+
+
+STEPS = ["--train.steps", "12", "--train.save_every", "6"]
+
+
+def pretrain(n: int, folder: Path, *flags, check: bool = True) -> subprocess.CompletedProcess:
+    "`skylar pretrain` of a tiny model in `folder`, in `n` processes."
+    text = folder.parent / "text.txt"
+    if not text.exists():
+        words = ["the", "king", "queen", "of", "night", "and", "day", "who", "comes", "here"]
+        documents = (" ".join(words[i * j % 10] for j in range(1, 60)) for i in range(200))
+        text.write_text("\n\n".join(documents))
+    return torchrun(
+        n, "-m", "skylar", "pretrain", "--data", folder.parent / "data", "--corpus.source", text,
+        "--corpus.vocab_size", "270", "--out", folder, "--model.n_layers", "1",
+        "--loader.seq_len", "16", "--loader.batch_size", "12", "--train.dtype", "float32",
+        "--train.log_every", "3", "--train.eval_every", "6", "--optimizer.lr", "1e-3", *STEPS,
+        *flags, check=check)
+
+
+def numbers(folder: Path) -> list[dict]:
+    "The rows of metrics, without what depends on the clock."
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def test_a_run_goes_on_at_another_number_of_processes(tmp_path):
+    pretrain(1, tmp_path / "alone")
+    pretrain(2, tmp_path / "two")
+    alone = numbers(tmp_path / "alone")
+    assert len(alone) == 4 and alone[-1]["loss"] < alone[0]["loss"]
+    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-5) for row in alone]
+    for n in (1, 3):  # from the two processes' checkpoint in the middle
+        out = tmp_path / f"then_{n}"
+        shutil.copytree(tmp_path / "two", out)
+        shutil.rmtree(out / "checkpoints" / "step-000012")
+        (out / "checkpoints" / "latest").write_text("step-000006\n")
+        pretrain(n, out, "--resume")
+        assert numbers(out) == [pytest.approx(row, abs=2e-5) for row in alone]
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path):
+    failed = pretrain(2, tmp_path / "odd", "--loader.batch_size", "7", check=False)
+    assert failed.returncode != 0 and "does not divide among 2 processes" in failed.stderr
+    assert not (tmp_path / "odd").exists()

@@ -12,6 +12,7 @@ import yaml
 from skylar.cli import main
 from skylar.data.tokenizer import BPETokenizer
 from skylar.models.decoder import CausalLM
+from skylar.models.hub import save_pretrained
 from skylar.models.presets import get_config
 from skylar.training import run as runs
 from skylar.training.metrics import read_metrics
@@ -291,3 +292,28 @@ def test_settings_by_name_become_the_config_and_back(config):
     assert build_config(RunConfig, {**plain, "out": "run"}) == replace(
         config, optimizer=replace(config.optimizer, betas=[0.9, 0.95]))
     assert runs.stored(build_config(RunConfig, plain)) == plain
+
+
+# --- starting from a trained model ---
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["a run", "Hugging Face"])
+def test_init_starts_from_trained_weights(config, exported):
+    train(prepare_run(config))
+    trained, tokenizer, _ = load_run("run")
+    where = "run"
+    if exported:
+        save_pretrained(trained, "exported", tokenizer)
+        where = "exported"
+    later = replace(config, out="later", init=where, model={},
+                    optimizer=replace(config.optimizer, lr=1e-12))
+    train(prepare_run(later))
+    for ours, theirs in zip(load_run("later")[0].parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    resumed = train(prepare_run(replace(later, resume=True, extend_to=8)))
+    assert resumed.finished and resumed.step == 8
+
+
+def test_init_brings_its_own_sizes(config):
+    with pytest.raises(ValueError, match="init='run' brings its own sizes; leave model"):
+        prepare_run(replace(config, init="run", model={"n_layers": 3}))
