@@ -82,6 +82,7 @@ def seal(temporary: Path, final: Path, state: dict, metadata: dict) -> None:
     write_manifest(temporary)
     publish(temporary, final)
 
+# %% ../../nbs/00_transformer/14_checkpoints.ipynb #5ab757e1
 def save_checkpoint(
     folder: Path | str,  # the run's `checkpoints` folder
     step: int, model: nn.Module,
@@ -124,7 +125,7 @@ def load_checkpoint(
         loader.load_state_dict(state["loader"])
     rank, rng = rank_and_size()[0], state["rng"]
     rng = [rng] if isinstance(rng, dict) else rng  # saved by one process, before 0.2
-    if rank < len(rng):  # of more processes than were saved, the new ones keep their seed
+    if rank < len(rng):  # a process more than were saved keeps its seed
         set_rng_state(rng[rank])
     return state
 

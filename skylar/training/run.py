@@ -321,7 +321,7 @@ def prepare_run(config: RunConfig) -> Run:
     run.loader("train"), run.loader("val")  # refuse data shorter than one sequence
     return run
 
-
+# %% ../../nbs/library/runs.ipynb #5102e013
 def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     "Config of the model to train, and the trained model that it starts from, if any."
     if config.init is None:

@@ -143,13 +143,12 @@ class TrainStep:
 
     def __init__(self, objective, config, optimizer, schedule, parallel=None):
         check_master_weights(objective)
-        self.config, self.schedule = config, schedule
+        self.objective, self.config, self.schedule = objective, config, schedule
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
         share = parallel.apply if parallel is not None else SingleProcess
-        self.objective = objective
         self.parallel = share(objective, self.device, config.seed)
-        forward = self.parallel.forward
+        self.ranks, forward = self.parallel.ranks, self.parallel.forward
         self.forward = torch.compile(forward) if config.compile else forward
         self.optimizer = optimizer.build(objective)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -162,12 +161,11 @@ class TrainStep:
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = lr * factor
         loss_sum, n_valid, metrics = self.backward(batches)
-        count = n_valid.clamp(min=1) / self.parallel.ranks.size  # ranks' gradients are averaged
+        count = n_valid.clamp(min=1) / self.ranks.size  # ranks' gradients are averaged
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = total_norm(grads) / count
         finite = loss_sum.isfinite() & norm.isfinite()
-        limit = self.config.max_grad_norm or math.inf
-        clip = (limit / (norm + 1e-6)).clamp(max=1.0)
+        clip = ((self.config.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         self.update(grads, count / clip, finite)
         loss = loss_sum.where(finite, 0.0), n_valid.where(finite, 0)
         return StepOutput(loss, n_valid, norm, self.base_lrs[0] * factor, metrics)
@@ -185,7 +183,7 @@ class TrainStep:
                 have = metrics.get(name, (0.0, 0))
                 metrics[name] = have[0] + total, have[1] + count
         self.parallel.finish_gradients()
-        return self.parallel.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
+        return self.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
 
     def update(self, grads: list[Tensor], divisor: Tensor, finite: Tensor) -> None:
         "Divide the gradients and move the weights, unless something is NaN or infinite."
@@ -280,39 +278,37 @@ class Trainer:
         self, objective: nn.Module,  # around a model: NextTokenObjective(model)
         loader: Iterable[dict],  # resumes if it has state_dict, load_state_dict
         config: TrainConfig | None = None, *,
-        optimizer=None, schedule=None,  # None: AdamWConfig(), ScheduleConfig()
+        optimizer=None, schedule=None, parallel=None,  # configs; AdamW, cosine, one process
         out_dir: Path | str | None = None,  # metrics.jsonl, checkpoints/; None: nothing
         eval_loader: Iterable[dict] | None = None,
         bytes_per_token: float | None = None,  # text bytes for each validation target
         metadata: dict | None = None,  # JSON-able, kept in every checkpoint
-        parallel=None,  # ParallelConfig(...), under torchrun
         callbacks: Iterable[Callable] = (),  # each gets the rows; True saves and stops
         quiet: bool = False,
     ):
         config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
         schedule = schedule or ScheduleConfig()
         check_parts(objective, loader, config, optimizer, schedule, parallel)
-        self.config, self.loader = config, loader
-        self.quiet = quiet or not is_main_process()
+        quiet = quiet or not is_main_process()
+        self.config, self.loader, self.quiet = config, loader, quiet
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
         self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
-        writes = out and is_main_process()
-        self.metrics = MetricsLogger(out / "metrics.jsonl" if writes else None, callbacks)
+        path = out / "metrics.jsonl" if out and is_main_process() else None
+        self.metrics = MetricsLogger(path, callbacks)
         self.checkpoints = out and CheckpointManager(
             out, self, run_settings(config, optimizer, schedule), metadata)
         self.interrupted: int | None = None  # number of the signal that ended train
 
     def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
         """To the end, to a signal (Ctrl-C, SIGTERM, ...) or to a callback's True.
-
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
         with StopSignals() as stop, ProgressReporter(self.quiet) as report:
             if self.progress.step == 0:  # called again it goes on in memory
-                seed_everything(self.config.seed + self.train_step.parallel.ranks.rank)
+                seed_everything(self.config.seed + self.train_step.ranks.rank)
                 if self.checkpoints:
                     self.checkpoints.begin(resume, extend, report.say)
             take_steps(self, report, stop)
@@ -325,14 +321,12 @@ class Trainer:
         return self.metrics.rows
 
     def log(self, report: ProgressReporter) -> None:
-        progress, row = self.progress, {}
-        if self.eval_loader is not None and progress.due(self.config.eval_every):
-            row = self.evaluate()
+        progress, looks = self.progress, self.eval_loader is not None
+        row = self.evaluate() if looks and progress.due(self.config.eval_every) else {}
         if row or progress.due(self.config.log_every):
             row["skipped"] = self.train_step.nonfinite.check(progress.step)
             report.row(self.metrics.row(progress.step, **row), progress.done)
 
     def evaluate(self) -> dict[str, float]:
         return evaluate(self.objective, self.eval_loader, self.config.eval_batches,
-                        self.bytes_per_token, dtype=self.config.dtype,
-                        ranks=self.train_step.parallel.ranks)
+                        self.bytes_per_token, self.config.dtype, self.train_step.ranks)

@@ -105,7 +105,7 @@ class Ranks:
         loss_sum, n_valid, *pairs = self.sum([loss_sum, n_valid, *pairs], device)
         return loss_sum, n_valid, dict(zip(metrics, zip(pairs[::2], pairs[1::2])))
 
-
+# %% ../../nbs/library/processes.ipynb #b78ca456
 class SingleProcess:
     "What a `ParallelConfig` gives the Trainer, for one process: nothing to share."
 
@@ -120,7 +120,7 @@ class SingleProcess:
     def finish_gradients(self) -> None:
         "After the last backward pass of a step: what no wrapper has averaged."
 
-
+# %% ../../nbs/library/processes.ipynb #cad58c2a
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
