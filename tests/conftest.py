@@ -33,6 +33,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     },
     "test_distributed": {
         "test_the_same_run_as_alone_at_unequal_target_counts",
+        "test_tensor_parallel_with_biases_and_learned_positions",
         "test_a_run_goes_on_at_another_number_of_processes",
         "test_a_batch_that_does_not_divide_is_refused_before_anything_is_written",
     },

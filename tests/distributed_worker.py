@@ -1,7 +1,7 @@
 """One process of a small training run, started by test_distributed.py with torchrun.
 
-`python distributed_worker.py OUT STRATEGY [SETTINGS]`: trains six steps of a small Qwen3 on rows
-with very different numbers of targets, and the first rank writes losses, norms and whole weights.
+`python distributed_worker.py OUT FAMILY SETTINGS`: trains six steps of a small model on rows with
+very different numbers of targets, and the first rank writes losses, norms and whole weights.
 """
 
 import json
@@ -47,12 +47,13 @@ def whole(p: torch.Tensor) -> torch.Tensor:
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
-def main(out: str, settings: dict) -> None:
+def main(out: str, family: str, settings: dict) -> None:
     join_processes(torch.device("cpu"))
     parallel = ParallelConfig(**settings)
     rank, size = parallel.data_ranks(*rank_and_size())
     torch.manual_seed(0)
-    model = CausalLM(get_config("test", family="qwen3", vocab_size=V, n_layers=2, dropout=0.0))
+    model = CausalLM(get_config("test", family=family, vocab_size=V, n_layers=2, dropout=0.0))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = TrainConfig(steps=STEPS, dtype="float32", log_every=1, device="cpu",
                          grad_accum_steps=ACCUMULATE)
     trainer = Trainer(NextTokenObjective(model), RowsOfRank(rank, size), config, quiet=True,
@@ -61,10 +62,10 @@ def main(out: str, settings: dict) -> None:
     rows = trainer.train()
     weights = {name: whole(p) for name, p in model.named_parameters()}
     if is_main_process():
-        torch.save({"rows": rows, "weights": weights}, out)
+        torch.save({"rows": rows, "start": start, "weights": weights}, out)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
     leave_processes()

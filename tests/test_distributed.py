@@ -1,5 +1,6 @@
 """Several processes train the model that one process trains: losses, norms and weights."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from skylar.training.distributed import ParallelConfig
+from skylar.training.distributed import ParallelConfig, recompute
+from skylar.training.trainer import check_ranks
+from skylar.utils.processes import Ranks, place
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -25,15 +28,22 @@ def torchrun(n: int, *command, check: bool = True) -> subprocess.CompletedProces
     return done
 
 
-def train(folder: Path, n: int, **settings) -> dict:
+def train(folder: Path, n: int, family: str = "qwen3", **settings) -> dict:
     out = folder / "result.pt"
-    torchrun(n, WORKER, out, json.dumps(settings))
+    torchrun(n, WORKER, out, family, json.dumps(settings))
     return torch.load(out)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> dict:
     return train(tmp_path_factory.mktemp("alone"), 1)
+
+
+def test_tensor_parallel_with_biases_and_learned_positions(tmp_path):
+    alone, split = train(tmp_path, 1, "gpt2"), train(tmp_path, 2, "gpt2", tensor=2)
+    for ours, theirs in zip(split["rows"], alone["rows"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=2e-5)
 
 
 @pytest.mark.parametrize(("n", "settings"), [
@@ -51,10 +61,40 @@ def test_the_same_run_as_alone_at_unequal_target_counts(alone, tmp_path, n, sett
         assert ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=5e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=2e-5)
-    moved = max(row["loss"] for row in alone["rows"]) - alone["rows"][-1]["loss"]
-    assert moved >= 0  # losses are compared while weights move
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, atol=2e-4, rtol=0)
+        assert (weight - alone["start"][name]).abs().max() > 5e-3  # far more than the bound
+
+
+def test_recomputed_blocks_are_copied_with_their_own_weights_and_only_once():
+    from skylar.models.decoder import CausalLM
+    from skylar.models.presets import get_config
+
+    model = CausalLM(get_config("test", vocab_size=50, n_layers=1))
+    names, block = list(model.state_dict()), model.model.layers[0]
+    recompute(block)
+    kind = type(block)
+    recompute(block)
+    assert type(block) is kind and list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    x = torch.randn(1, 4, model.config.d_model)
+    before = twin.model.layers[0](x)
+    torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    torch.testing.assert_close(twin.model.layers[0](x), before, atol=0, rtol=0)
+
+
+def test_a_loader_of_another_rank_is_refused():
+    loader = type("Loader", (list,), {"rank": 0, "world_size": 2})([{"x": torch.ones(1)}])
+    with pytest.raises(ValueError, match="rank=0, world_size=2, and this is rank 0 of 1"):
+        check_ranks(loader, Ranks())
+
+
+def test_an_objective_on_meta_that_cannot_be_given_numbers_is_refused():
+    with torch.device("meta"):
+        head = torch.nn.Module()
+        head.model, head.scale = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="scale.weight is on meta, and Module has no init_weights"):
+        place(head, torch.device("cpu"), 0)
 
 
 def test_what_does_not_divide_is_refused():

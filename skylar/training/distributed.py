@@ -21,12 +21,26 @@ from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_choice, check_int
 from ..utils.processes import Ranks, SingleProcess, join_processes
-from ..utils.processes import launched_world_size, place
+from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'ParallelConfig', 'CopiedRun', 'share_matrices', 'ShardedRun']
+__all__ = ['PLAN', 'Recomputed', 'recompute', 'ParallelConfig', 'CopiedRun', 'share_matrices', 'ShardedRun']
 
 # %% ../../nbs/library/parallel.ipynb #262162bc
+class Recomputed:
+    "Mixed into a block's class: its activations are computed again for the backward pass."
+
+    def forward(self, *args):
+        return checkpoint(super().forward, *args, use_reentrant=False)
+
+
+def recompute(block: nn.Module) -> None:
+    "Activation checkpointing for `block`, in place; names, copies and state stay as they are."
+    if not isinstance(block, Recomputed):
+        kind = type(block)
+        block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     "How the processes that torchrun started share a run; alone it changes nothing."
@@ -63,20 +77,22 @@ class ParallelConfig:
         "Share `objective` among the processes: it is changed in place and put on `device`."
         for block in objective.model.model.layers:
             if self.recompute:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                recompute(block)
             if self.compile_blocks:
                 block.compile()
         if launched_world_size() == 1 and not dist.is_initialized():
             return SingleProcess(objective, device, seed)
         join_processes(device)
+        ranks = self.data_ranks(*rank_and_size())  # refuses what does not divide
         if self.strategy == "ddp":
             return CopiedRun(objective, device, seed)
-        shared = ShardedRun(objective, self.mesh(device.type, dist.get_world_size()), self)
+        mesh = self.mesh(device.type, dist.get_world_size())
+        shared = ShardedRun(objective, mesh, self, *ranks)
         place(objective, device, seed)
         return shared
 
 # %% ../../nbs/library/parallel.ipynb #9a1fe5f6
-class CopiedRun:
+class CopiedRun(SingleProcess):
     "Distributed data parallel: every rank has the whole model, gradients are averaged."
 
     def __init__(self, objective: nn.Module, device: torch.device, seed: int):
@@ -86,9 +102,6 @@ class CopiedRun:
 
     def sync_gradients(self, on: bool) -> None:
         self.forward.require_backward_grad_sync = on  # as in `no_sync()`
-
-    def finish_gradients(self) -> None:
-        pass
 
 # %% ../../nbs/library/parallel.ipynb #a6b5132d
 PLAN = {  # by columns: each rank its heads or hidden units; by rows: sums over ranks follow
@@ -122,7 +135,7 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
 class ShardedRun:
     "Fully sharded: every rank keeps a part of each weight, gradient and moment (FSDP2)."
 
-    def __init__(self, objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig):
+    def __init__(self, objective, mesh: DeviceMesh, config: ParallelConfig, rank: int, size: int):
         decoder, shards = objective.model.model, mesh["replicas", "shards"]
         self.tensor = mesh["tensor"] if config.tensor > 1 else None
         partial_names = set()
@@ -135,7 +148,6 @@ class ShardedRun:
         shard(objective, reshard_after_forward=False)
         self.forward, self.objective = objective, objective
         self.partial = [p for n, p in objective.named_parameters() if n in partial_names]
-        rank, size = config.data_ranks(dist.get_rank(), dist.get_world_size())
         group = shards._flatten("data").get_group() if config.replicas > 1 else (
             mesh["shards"].get_group())
         self.ranks = Ranks(rank=rank, size=size, group=group)

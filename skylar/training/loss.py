@@ -182,18 +182,14 @@ class NextTokenObjective(nn.Module):
         self.loss = LOSSES[check_choice("loss", loss, LOSSES)]
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
-        self.check_keys(batch)
+        _check_keys(batch)
         hidden = self.model.model(
             batch["input_ids"], batch.get("position_ids"), batch.get("document_ids"))
         hidden, labels = hidden.flatten(0, 1), batch["labels"].flatten()
         sums = self.loss(hidden, self.model.lm_head.weight, labels, **self.options)
         return LossOutput(*sums, {})
 
-    def check_keys(self, batch: dict[str, Tensor]) -> None:
-        "`ValueError` for a batch without inputs or labels."
-        _check_keys(batch)
-
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         "`ValueError` for labels that are not shifted; the Trainer calls it once."
-        self.check_keys(batch)
+        _check_keys(batch)
         _check_shifted(batch, self.options.get("ignore_index", -100))

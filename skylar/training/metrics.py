@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import atomic_write
+from ..utils.processes import is_main_process
 
 # %% ../../nbs/library/metrics.ipynb #f25b1c70
 def _parse(line: bytes) -> dict | None:
@@ -66,7 +67,8 @@ class MetricsLogger:
     A callback gets the row; one that returns True asks for the run to stop."""
 
     def __init__(self, path: Path | None = None, callbacks: Iterable[Callable] = ()):
-        self.path, self.callbacks, self.rows = path, tuple(callbacks), []
+        self.path = path if is_main_process() else None  # one of several processes writes
+        self.callbacks, self.rows = tuple(callbacks), []
         self.stop_requested = False
         self.tokens = 0  # targets seen from the start of the run to the last row
         self._clear()

@@ -9,7 +9,7 @@ __all__ = ['RunProgress', 'format_metrics', 'format_seconds', 'ProgressReporter'
 import sys
 import time
 
-from ..utils.processes import agree
+from ..utils.processes import agree, is_main_process
 
 # %% ../../nbs/library/progress.ipynb #d3420dc3
 class RunProgress:
@@ -77,7 +77,8 @@ class ProgressReporter:
     "Progress for people: a bar in a terminal, a short line now and then elsewhere."
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.next_line, self.bar = quiet, 0.0, None
+        self.quiet = quiet or not is_main_process()  # one of several processes reports
+        self.next_line, self.bar = 0.0, None
         self.start: tuple[float, float] | None = None  # (time, share done) at the first step
 
     def __enter__(self):

@@ -42,8 +42,8 @@ from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
-from ..utils.processes import barrier, is_main_process, join_processes
-from ..utils.processes import local_device, on_main, rank_and_size
+from ..utils.processes import is_main_process, join_processes, local_device
+from ..utils.processes import on_main, rank_and_size
 
 # %% ../../nbs/library/runs.ipynb #c004
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +327,9 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     if config.init is None:
         changes = {"vocab_size": tokenizer.vocab_size, **config.model}
         return get_config(config.preset, config.family, **changes), None
-    if has_checkpoint(Path(config.out).expanduser()):  # the weights are in the checkpoint
-        return config_from_dict(load_metadata(config.out)["model"]), None
+    out = Path(config.out).expanduser()
+    if has_checkpoint(out):  # the weights are in the checkpoint
+        return config_from_dict(load_metadata(out)["model"]), None
     model, theirs, _ = open_model(config.init, dtype=torch.float32)
     if tokenizer_rules(theirs) != tokenizer_rules(tokenizer):
         raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
@@ -380,17 +381,15 @@ def train(
             replace(config, eval_batches=once), out_dir=run.out, eval_loader=eval_loader,
             bytes_per_token=bytes_per_token(run.datasets["val"]), metadata=metadata_of(run),
             callbacks=callbacks)
-        if is_main_process():
-            check_out(run.config)
-            write_description(run)
-        barrier()
+        on_main(write_description, run)
         rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
     return RunResult(rows=rows, step=trainer.progress.step, finished=trainer.progress.done >= 1,
                      signal=trainer.interrupted)
 
 
 def write_description(run: Run) -> None:
-    "The tokenizer and config.yaml, before the first step."
+    "The tokenizer and config.yaml, before the first step, if the folder is still free."
+    check_out(run.config)
     if not has_checkpoint(run.out) and not has_metrics(run.out):  # of a killed start
         shutil.rmtree(run.out / "tokenizer", ignore_errors=True)
     save_tokenizer(run.out, run.tokenizer)

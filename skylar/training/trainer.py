@@ -25,12 +25,13 @@ from .progress import ProgressReporter, RunProgress
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.devices import autocast, pick_device
 from ..utils.devices import pick_dtype, to_device
-from ..utils.processes import SingleProcess, agree, is_main_process
-from ..utils.processes import launched_world_size, local_device, total_norm
+from ..utils.processes import SingleProcess, agree, launched_world_size
+from ..utils.processes import local_device, total_norm
 
 # %% auto #0
 __all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'TrainStep',
-           'cycle', 'checked_batches', 'check_parts', 'run_settings', 'asked_to_stop', 'take_steps', 'Trainer']
+           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'run_settings', 'asked_to_stop', 'take_steps',
+           'Trainer']
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -209,8 +210,17 @@ def cycle(loader: Iterable[dict]) -> Iterator[dict]:
             raise ValueError("the loader gave no batch: the training data is empty, or it "
                              "is an iterator, which cannot be started again")
 
+def check_ranks(loader, ranks) -> None:
+    "`ValueError` for a loader that gives another rank's part of the batches."
+    found = getattr(loader, "rank", ranks.rank), getattr(loader, "world_size", ranks.size)
+    if found != (ranks.rank, ranks.size):
+        raise ValueError(f"the loader has rank={found[0]}, world_size={found[1]}, and this "
+                         f"is rank {ranks.rank} of {ranks.size}: every batch would be read "
+                         "by several ranks; see ParallelConfig.data_ranks")
+
 def checked_batches(loader: Iterable[dict], train_step: TrainStep) -> Iterator[dict]:
     "`cycle(loader)`, once the first batch has shown that all contracts are kept."
+    check_ranks(loader, train_step.ranks)
     batches = cycle(loader)
     first = next(batches)
     with autocast(train_step.device, train_step.dtype):
@@ -289,21 +299,20 @@ class Trainer:
         config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
         schedule = schedule or ScheduleConfig()
         check_parts(objective, loader, config, optimizer, schedule, parallel)
-        quiet = quiet or not is_main_process()
         self.config, self.loader, self.quiet = config, loader, quiet
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
         self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
-        path = out / "metrics.jsonl" if out and is_main_process() else None
-        self.metrics = MetricsLogger(path, callbacks)
+        self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
         self.checkpoints = out and CheckpointManager(
             out, self, run_settings(config, optimizer, schedule), metadata)
         self.interrupted: int | None = None  # number of the signal that ended train
 
     def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
         """To the end, to a signal (Ctrl-C, SIGTERM, ...) or to a callback's True.
+
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
         with StopSignals() as stop, ProgressReporter(self.quiet) as report:
@@ -321,8 +330,9 @@ class Trainer:
         return self.metrics.rows
 
     def log(self, report: ProgressReporter) -> None:
-        progress, looks = self.progress, self.eval_loader is not None
-        row = self.evaluate() if looks and progress.due(self.config.eval_every) else {}
+        progress, row = self.progress, {}
+        if self.eval_loader is not None and progress.due(self.config.eval_every):
+            row = self.evaluate()
         if row or progress.due(self.config.log_every):
             row["skipped"] = self.train_step.nonfinite.check(progress.step)
             report.row(self.metrics.row(progress.step, **row), progress.done)

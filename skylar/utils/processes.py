@@ -57,12 +57,13 @@ def leave_processes() -> None:
 class WholeDraws(TorchDispatchMode):
     "Inside `with`, a sharded tensor's random values are its part of those of a whole tensor."
 
-    draws = {torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default}
-
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         sharded = args[0] if args else None
-        if operation not in self.draws or not hasattr(sharded, "device_mesh"):
+        random = torch.Tag.nondeterministic_seeded in operation.tags
+        if not random or not hasattr(sharded, "device_mesh"):
             return operation(*args, **(kwargs or {}))
+        if not operation._schema.is_mutable:
+            raise NotImplementedError(f"{operation} of a sharded tensor: draw in place")
         whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
         operation(whole, *args[1:], **(kwargs or {}))
         mesh, placements = sharded.device_mesh, sharded.placements
@@ -75,10 +76,15 @@ def place(objective: nn.Module, device: torch.device, seed: int) -> nn.Module:
     "On `device`; one that has no numbers yet (on meta) gets those that `seed` gives."
     if not any(p.is_meta for p in objective.parameters()):
         return objective.to(device)
+    own = [n for n, _ in objective.named_parameters() if not n.startswith("model.")]
+    owner = objective if own else objective.model
+    if not hasattr(owner, "init_weights"):
+        raise ValueError(f"{(own or ['the model'])[0]} is on meta, and {type(owner).__name__} has "
+                         "no init_weights() to give it numbers; build it on a device")
     objective.to_empty(device=device)
     torch.manual_seed(seed)
     with torch.no_grad(), WholeDraws():
-        getattr(objective, "init_weights", objective.model.init_weights)()
+        owner.init_weights()
     return objective
 
 # %% ../../nbs/library/processes.ipynb #0f339f12
