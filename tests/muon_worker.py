@@ -1,7 +1,7 @@
 """One process of a small Muon run, started by test_muon.py with torchrun.
 
-`python muon_worker.py OUT SETTINGS`: trains as distributed_worker.py does, with Muon; the first rank
-writes losses, weights, the optimizer's state, and the numbers that each rank orthogonalized.
+`python muon_worker.py OUT SETTINGS`: trains as distributed_worker.py does, with Muon; the first
+rank writes losses, weights, the optimizer's state, and the numbers that each rank orthogonalized.
 SETTINGS are ParallelConfig's; `muon`: MuonConfig's; `local`: a wrong Muon, of each rank's own part;
 `steps`, `out_dir` and `resume` as in the Trainer.
 """

@@ -24,12 +24,12 @@ from skylar.training.muon import (
     Muon,
     MuonConfig,
     buckets,
-    chunk_lengths,
     orthogonalize,
     update_scale,
 )
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
+from skylar.utils.sharded_matrices import chunk_lengths
 
 WORKER = Path(__file__).with_name("muon_worker.py")
 SHAPES = [(8, 8), (6, 20), (20, 6), (3, 5, 9), (2, 3, 7, 4)]
@@ -305,7 +305,7 @@ def test_bad_settings_are_refused_in_one_line(changes, message):
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="use AdamWConfig"):
+    with pytest.raises(ValueError, match="give AdamWConfig"):
         MuonConfig().build(nn.Sequential(nn.Linear(3, 4)))
 
 
