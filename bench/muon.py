@@ -4,14 +4,15 @@
 of one optimizer step, with both optimizers. A step of n tokens takes n / micro-batch of the former
 and one of the latter; FLOPs say the same by formula. `race`: a small Qwen3 that reads bytes, from
 the training plays of Shakespeare, each optimizer at every learning rate of one grid, with every
-seed, evaluated on the held-out plays. `merge` adds ablations: at Muon's best rate whole matrices in
-place of heads, and the classic coefficients in place of Polar Express; and, at its own best rate,
-Muon without orthogonalization (momentum scaled to the same length); and seconds a step, in turns.
+seed, evaluated on the held-out plays. `ablate`: at Muon's best rate whole matrices in place of
+heads, and the classic coefficients in place of Polar Express; and, at its own best rate, Muon
+without orthogonalization (momentum scaled to the same length). `merge`: one file of all of them.
 
-    python bench/muon.py cost                 # about 5 minutes, 6 GB
-    python bench/muon.py race                 # about 40 minutes on one core
-    python bench/muon.py race --share 0 2     # the first of two halves, writes muon_race_0.json
-    python bench/muon.py merge                # muon_race.json from the halves
+    python bench/muon.py cost                 # about 2 minutes, 6 GB
+    python bench/muon.py race                 # about 45 minutes on one core
+    python bench/muon.py race --share 0 2     # the first of two halves
+    python bench/muon.py ablate               # about 20 minutes on one core
+    python bench/muon.py merge                # muon_race.json from the parts
 """
 
 import argparse
@@ -45,6 +46,7 @@ MODEL = dict(vocab_size=256, d_model=128, n_layers=3, n_heads=4, n_kv_heads=2, d
              dropout=0.0)
 LARGE = dict(vocab_size=32_000, d_model=768, n_layers=12, n_heads=12, n_kv_heads=4, d_head=64,
              d_ff=2048, dropout=0.0)  # 100M parameters
+RESULTS = ROOT / "bench" / "results"
 PLAIN = "no orthogonalization"
 MAKERS = {
     "AdamW": lambda lr: AdamWConfig(lr=lr),
@@ -119,22 +121,35 @@ def step_seconds(train, n: int = 30) -> dict[str, float]:
 
 
 def best_rate(rows: list[dict], name: str) -> float:
-    by_rate = {lr: [r["bits_per_byte"] for r in rows if (r["optimizer"], r["lr"]) == (name, lr)]
-               for lr in RATES}
-    by_rate = {lr: values for lr, values in by_rate.items() if values}
-    return min(by_rate, key=lambda lr: statistics.fmean(by_rate[lr]))
+    """Of the rates that every seed has, the one with the lowest mean; else of all."""
+    mine = [row for row in rows if row["optimizer"] == name]
+    by_rate = {lr: [r["bits_per_byte"] for r in mine if r["lr"] == lr] for lr in RATES}
+    most = max(map(len, by_rate.values()))
+    whole = {lr: values for lr, values in by_rate.items() if len(values) == most}
+    return min(whole, key=lambda lr: statistics.fmean(whole[lr]))
 
 
-def race(share: tuple[int, int] | None) -> None:
-    """The grid; the ablations follow in `merge`, which knows the best rate, or at once."""
-    todo = list(itertools.product(SEEDS, RATES, ("Muon", "AdamW")))
-    todo = [(name, lr, seed) for seed, lr, name in todo]
-    if share is not None:
-        todo = todo[share[0]::share[1]]
-    rows = runs(todo)
-    write("muon_race" + (f"_{share[0]}" if share else ""), rows)
-    if share is None:
-        merge()
+def race(share: tuple[int, int]) -> None:
+    """The grid."""
+    todo = [(name, lr, seed) for seed, lr, name in itertools.product(SEEDS, RATES, MAKERS)
+            if name in ("AdamW", "Muon")]
+    write(f"muon_race_{share[0]}", runs(todo[share[0]::share[1]]))
+
+
+def ablate(share: tuple[int, int]) -> None:
+    """At Muon's best rate the other variants; without orthogonalization at its own."""
+    lr, rows = best_rate(stored(), "Muon"), []
+    if share[0] == 0:
+        rows += runs([(name, lr, seed) for name in list(MAKERS)[2:4] for seed in SEEDS])
+    if share in ((0, 1), (1, 2)):
+        rows += runs([(PLAIN, lr, SEEDS[0]) for lr in RATES])
+        rows += runs([(PLAIN, best_rate(rows, PLAIN), seed) for seed in SEEDS[1:]])
+    write(f"muon_race_ablation_{share[0]}", rows)
+
+
+def stored() -> list[dict]:
+    return [row for path in sorted(RESULTS.glob("muon_race_*.json"))
+            for row in json.loads(path.read_text())["rows"]]
 
 
 def runs(todo) -> list[dict]:
@@ -146,22 +161,14 @@ def runs(todo) -> list[dict]:
 
 
 def merge() -> None:
-    """One file of all; at Muon's best rate the ablations."""
-    folder, rows = ROOT / "bench" / "results", []
-    parts = sorted(folder.glob("muon_race_*.json")) or [folder / "muon_race.json"]
-    for path in parts:
-        rows += json.loads(path.read_text())["rows"]
-    lr = best_rate(rows, "Muon")
-    rows += runs([(name, lr, seed) for name in list(MAKERS)[2:4] for seed in SEEDS])
-    rows += runs([(PLAIN, lr, SEEDS[0]) for lr in RATES])
+    """One file of all parts, with seconds a step."""
+    rows = stored()
     best = {name: best_rate(rows, name) for name in ("AdamW", "Muon", PLAIN)}
-    rows += runs([(PLAIN, best[PLAIN], seed) for seed in SEEDS[1:]])
     write("muon_race", rows, model=MODEL, steps=STEPS, batch=BATCH, length=LENGTH, best=best,
           ngram=ngram_baseline()["bits_per_byte"],
           step_seconds=step_seconds(as_bytes(train_text())))
-    for path in parts:
-        if path.name != "muon_race.json":
-            path.unlink()
+    for path in RESULTS.glob("muon_race_*.json"):
+        path.unlink()
 
 
 def optimizer_flops(model, per_head: bool) -> int:
@@ -215,11 +222,11 @@ def cost(tokens: int = 1024, rounds: int = 5) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("cost", "race", "merge"))
-    parser.add_argument("--share", nargs=2, type=int, metavar=("I", "N"))
+    parser.add_argument("command", choices=("cost", "race", "ablate", "merge"))
+    parser.add_argument("--share", nargs=2, type=int, metavar=("I", "N"), default=(0, 1))
     args = parser.parse_args()
-    if args.command == "race":
-        race(args.share)
+    if args.command in ("race", "ablate"):
+        {"race": race, "ablate": ablate}[args.command](tuple(args.share))
     else:
         {"cost": cost, "merge": merge}[args.command]()
 
