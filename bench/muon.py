@@ -133,18 +133,17 @@ def race(share: tuple[int, int]) -> None:
     """The grid."""
     todo = [(name, lr, seed) for seed, lr, name in itertools.product(SEEDS, RATES, MAKERS)
             if name in ("AdamW", "Muon")]
-    write(f"muon_race_{share[0]}", runs(todo[share[0]::share[1]]))
+    runs(todo[share[0]::share[1]], f"muon_race_{share[0]}")
 
 
 def ablate(share: tuple[int, int]) -> None:
     """At Muon's best rate the other variants; without orthogonalization at its own."""
-    lr, rows = best_rate(stored(), "Muon"), []
+    lr, part = best_rate(stored(), "Muon"), f"muon_race_ablation_{share[0]}"
     if share[0] == 0:
-        rows += runs([(name, lr, seed) for name in list(MAKERS)[2:4] for seed in SEEDS])
+        runs([(name, lr, seed) for name in list(MAKERS)[2:4] for seed in SEEDS], part)
     if share in ((0, 1), (1, 2)):
-        rows += runs([(PLAIN, lr, SEEDS[0]) for lr in RATES])
-        rows += runs([(PLAIN, best_rate(rows, PLAIN), seed) for seed in SEEDS[1:]])
-    write(f"muon_race_ablation_{share[0]}", rows)
+        rows = runs([(PLAIN, lr, SEEDS[0]) for lr in RATES], part)
+        runs([(PLAIN, best_rate(rows, PLAIN), seed) for seed in SEEDS], part)
 
 
 def stored() -> list[dict]:
@@ -152,11 +151,17 @@ def stored() -> list[dict]:
             for row in json.loads(path.read_text())["rows"]]
 
 
-def runs(todo) -> list[dict]:
-    train, val, rows = as_bytes(train_text()), as_bytes(val_text()), []
+def runs(todo, part: str) -> list[dict]:
+    """The rows of a part, those included that it has already; each is written when it is there."""
+    path = RESULTS / f"{part}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    train, val = as_bytes(train_text()), as_bytes(val_text())
+    have = {(row["optimizer"], row["lr"], row["seed"]) for row in rows}
     for name, lr, seed in todo:
-        rows.append(one_run(name, lr, seed, train, val))
-        show({k: v for k, v in rows[-1].items() if k != "curve"})
+        if (name, lr, seed) not in have:
+            rows.append(one_run(name, lr, seed, train, val))
+            write(part, rows)
+            show({k: v for k, v in rows[-1].items() if k != "curve"})
     return rows
 
 
