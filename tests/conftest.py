@@ -45,6 +45,12 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_smollm2_the_rows_that_llama_cpp_permuted",
         "test_the_test_preset_opens_where_skylar_is_not_installed",
     },
+    "test_muon": {
+        "test_muon_of_each_ranks_own_part_is_another_optimizer",
+        "test_owners_make_bfloat16_as_exact_as_its_gradients",
+        "test_the_same_run_as_alone",
+        "test_two_ranks_save_and_one_goes_on",
+    },
     "test_student": {"test_a_real_lesson_from_start_to_finish"},
     "test_lessons": {"test_rewritten_lessons_run_twice_and_checks_refuse_skeletons"},
     "test_readme": {"test_shell_block_runs_as_typed", "test_python_block_runs_as_typed"},
