@@ -76,7 +76,7 @@ def publish(temporary: Path, final: Path) -> None:
 # %% ../../nbs/00_transformer/14_checkpoints.ipynb #6914ec21
 def seal(temporary: Path, final: Path, state: dict, metadata: dict) -> None:
     "Once all tensors are written: the small files, the manifest, the new name."
-    state["save_number"] = next_save_number(final.parent)
+    state["save_number"] = next_save_number(final.parent)  # which save was the last
     atomic_write(temporary / "state.json", json.dumps(state))
     atomic_write(temporary / "metadata.json", json.dumps(metadata, indent=1))
     write_manifest(temporary)
