@@ -50,7 +50,9 @@ def leave_processes() -> None:
     Wrappers such as DDP must be gone by then: one that is freed later can wait forever."""
     if dist.is_available() and dist.is_initialized():
         gc.collect()
-        barrier()
+        # Not our own barrier(): gloo's thread frees its Python tensor a moment later, and in
+        # torch 2.11 the process aborts if Python is ending by then. This one has no tensor.
+        dist.barrier()
         dist.destroy_process_group()
 
 # %% ../../nbs/library/processes.ipynb #d050859b
