@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -111,6 +112,10 @@ class WindowOrder:
             raise ValueError(f"the corpus has {self.n_tokens:,} tokens, fewer than one window "
                              f"of seq_len={self.seq_len}; lower seq_len or add text")
 
+    def identity(self) -> dict:
+        """What must be the same for a sample index to mean the same window."""
+        return asdict(self)
+
     @property
     def n_windows(self) -> int:
         """Windows in an epoch."""
@@ -176,7 +181,7 @@ def _repeated(function: Callable[[int], int], x: int) -> Iterator[int]:
 
 def _identity(dataset: ShardDataset, order: WindowOrder) -> dict:
     """What must be the same for a sample index to mean the same windows."""
-    return {"data": dataset.fingerprint, **asdict(order)}
+    return {"data": dataset.fingerprint, **order.identity()}
 
 def _sample_index(state: dict, ours: dict) -> int:
     """That of a saved state; `ValueError` naming the first entry that differs from ours."""
@@ -213,8 +218,9 @@ class PackedLoader:
                  random_offsets: bool = False,  # windows start anywhere, with replacement
                  prefetch: int = 2):  # batches prepared ahead in a thread; 0 = none
         _check_sizes(batch_size, rank, world_size, prefetch)
-        self.order = WindowOrder(n_tokens=dataset.n_tokens, seq_len=seq_len, seed=seed,
-                                 shuffle=shuffle, random_offsets=random_offsets)
+        order = getattr(dataset, "order", partial(WindowOrder, n_tokens=dataset.n_tokens))
+        self.order = order(seq_len=seq_len, seed=seed, shuffle=shuffle,
+                           random_offsets=random_offsets)  # a streamed dataset has its own
         self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self.n_windows = self.order.n_windows
