@@ -1,4 +1,4 @@
-"""Data and checkpoints in a bucket: a real S3-speaking server behind a proxy that injects faults."""
+"""Data and checkpoints in a bucket: an S3-speaking server behind a proxy that injects faults."""
 
 import hashlib
 import http.client
@@ -404,7 +404,8 @@ def run_skylar(*words, **environment):
 def test_a_run_in_the_bucket_moves_to_another_machine(proxy, bucket, data, tmp_path):
     upload_folder(data, f"{bucket}/data")
     words = ["--data", f"{bucket}/data", "--stream.shards", "2", "--stream.cache_gb", "0.01",
-             "--model.n_layers", "1", "--model.d_model", "32", "--model.n_heads", "2", "--model.n_kv_heads", "2", "--schedule.kind", "constant",
+             "--model.n_layers", "1", "--model.d_model", "32", "--model.n_heads", "2",
+             "--model.n_kv_heads", "2", "--schedule.kind", "constant",
              "--schedule.warmup_steps", "0",
              "--loader.batch_size", "2", "--loader.seq_len", "24", "--train.dtype", "float32",
              "--train.save_every", "3", "--train.eval_every", "0", "--train.log_every", "1"]

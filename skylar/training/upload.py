@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoint_files import find_checkpoint, list_checkpoints
+from .checkpoint_files import find_checkpoint
 from .checkpoint_files import verify_checkpoint
 from ..utils.files import atomic_write, read_json, safe_join
 from ..utils.remote import RemoteFolder, say
@@ -89,7 +89,9 @@ class Uploader:
                 self.remote.remove(f"checkpoints/{old}")
 
 # %% ../../nbs/library/upload.ipynb #e281c987
-def download_run(remote: RemoteFolder, out: Path, report: Callable[[str], None] = say) -> Path | None:
+def download_run(
+    remote: RemoteFolder, out: Path, report: Callable[[str], None] = say,
+) -> Path | None:
     """The newest whole checkpoint and the description of a run, into an empty `out`.
 
     None if there is none. `OSError` if the bucket cannot be reached."""
