@@ -161,7 +161,10 @@ def write_back(tensors: list[Tensor], values: Tensor, found_inf: Tensor | None) 
     "Copy the values of a stack into its tensors, unless `found_inf` is 1."
     for t, value in zip(tensors, values):
         t = t.to_local() if isinstance(t, DTensor) else t
-        t.copy_(value if found_inf is None else torch.where(found_inf.bool(), t, value))
+        if found_inf is None:
+            t.copy_(value)
+        else:
+            torch.where(found_inf.bool(), t, value, out=t)
 
 def own_grad(p: Tensor) -> Tensor:
     "The gradient, sharded as its parameter is."
@@ -178,16 +181,17 @@ def muon_step(params: list, group: dict, state: dict, grad_scale, found_inf) -> 
             state[p]["momentum_buffer"] = torch.zeros_like(p)
     buffers = [state[p]["momentum_buffer"] for p in params]
     grads = stacked([own_grad(p) for p in params])
-    grads = grads if grad_scale is None else grads / grad_scale
-    means = stacked(buffers).lerp(grads, 1 - momentum)
-    smooth = grads.lerp(means, momentum) if group["nesterov"] else means
+    if grad_scale is not None:
+        grads.div_(grad_scale)
+    means = stacked(buffers).lerp_(grads, 1 - momentum)
+    write_back(buffers, means, found_inf)
+    smooth = grads.lerp_(means, momentum) if group["nesterov"] else means
     update = on_owners(smooth, sharded_levels(first, group["d_head"]),
                        partial(orthogonalize_heads, group=group))
     rows = group["d_head"] or first.shape[-2]
     scale = lr * update_scale((rows, first.shape[-1]), group["adjust_lr"])
-    weights = stacked(params) * (1 - lr * group["weight_decay"]) - scale * update
-    write_back(params, weights, found_inf)
-    write_back(buffers, means, found_inf)
+    weights = stacked(params).mul_(1 - lr * group["weight_decay"])
+    write_back(params, weights.sub_(update, alpha=scale), found_inf)
 
 # %% ../../nbs/01_gqa_rope/13_muon.ipynb #ee3009a1
 class MuonAdamW(torch.optim.Optimizer):
