@@ -16,7 +16,7 @@ from skylar.models.hub import save_pretrained
 from skylar.models.presets import get_config
 from skylar.training import run as runs
 from skylar.training.metrics import read_metrics
-from skylar.training.optim import AdamWConfig
+from skylar.training.muon import OptimizerConfig
 from skylar.training.run import (
     LOCK,
     LoaderConfig,
@@ -58,7 +58,7 @@ def config(home, tmp_path, monkeypatch):
     return RunConfig(
         data=str(home / "data"), out="run", loader=LoaderConfig(batch_size=2, seq_len=32),
         model={"d_model": 16, "d_head": 4, "d_ff": 32, "n_layers": 1, "max_seq_len": 64},
-        optimizer=AdamWConfig(lr=1e-2),
+        optimizer=OptimizerConfig(lr=1e-2),
         train=TrainConfig(steps=6, log_every=1, eval_every=3, eval_batches=2, save_every=2,
                           device="cpu", dtype="float32"))
 

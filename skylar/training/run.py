@@ -39,7 +39,8 @@ from .checkpoint import load_state, load_weights
 from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
-from .optim import AdamWConfig, ScheduleConfig
+from .muon import OptimizerConfig
+from .optim import ScheduleConfig
 from .trainer import TrainConfig, Trainer
 from .upload import Uploader, download_run
 from ..utils.checks import check_int, check_positive, nearest
@@ -106,9 +107,14 @@ class RunConfig:
     loader: LoaderConfig = LoaderConfig()
     stream: StreamConfig = StreamConfig()
     train: TrainConfig = TrainConfig()
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
+
+    def __post_init__(self):
+        if not isinstance(self.optimizer, OptimizerConfig):
+            raise ValueError(f"optimizer is a {type(self.optimizer).__name__}; give an "
+                             "OptimizerConfig, which has its fields")
 
 # %% ../../nbs/library/runs.ipynb #c006
 def build_config(
@@ -303,7 +309,8 @@ class Run:
         with torch.device("meta"):  # numbers come once it is shared among the processes
             model = CausalLM(self.model) if self.initial is None else self.initial
         objective = NextTokenObjective(model)
-        options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
+        options = {"optimizer": self.config.optimizer.chosen,
+                   "schedule": self.config.schedule,
                    "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
 
