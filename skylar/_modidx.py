@@ -1873,6 +1873,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'skylar/training/trainer.py'),
                                          'skylar.training.trainer.cycle': ( '00_transformer/training_loop.html#cycle',
                                                                             'skylar/training/trainer.py'),
+                                         'skylar.training.trainer.default_of': ( '00_transformer/training_loop.html#default_of',
+                                                                                 'skylar/training/trainer.py'),
                                          'skylar.training.trainer.run_settings': ( '00_transformer/training_loop.html#run_settings',
                                                                                    'skylar/training/trainer.py'),
                                          'skylar.training.trainer.take_steps': ( '00_transformer/training_loop.html#take_steps',

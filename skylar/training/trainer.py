@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +30,8 @@ from ..utils.processes import local_device, total_norm
 
 # %% auto #0
 __all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'TrainStep',
-           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'run_settings', 'asked_to_stop', 'take_steps',
-           'Trainer']
+           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'default_of', 'run_settings', 'asked_to_stop',
+           'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -247,6 +247,12 @@ def check_parts(objective, loader, config, optimizer, schedule, parallel=None) -
                              f"method {method}, such as {example}")
     schedule.multiplier(0, config.steps)  # refuses a warm-up that fills the run
 
+def default_of(part):
+    "A config of the same class with its defaults; one that has none for a field, itself."
+    fresh = is_dataclass(part) and all(
+        f.default is not MISSING or f.default_factory is not MISSING for f in fields(part))
+    return type(part)() if fresh else part
+
 def run_settings(config: TrainConfig, optimizer, schedule) -> dict:
     "What decides the course of a run, as JSON gives it back; a resume must have the same."
     names = ("grad_accum_steps", "max_grad_norm", "dtype", "seed")
@@ -307,7 +313,8 @@ class Trainer:
         out = None if out_dir is None else Path(out_dir)
         self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
         self.checkpoints = out and CheckpointManager(
-            out, self, run_settings(config, optimizer, schedule), metadata)
+            out, self, run_settings(config, optimizer, schedule), metadata,
+            defaults=run_settings(TrainConfig(), *map(default_of, (optimizer, schedule))))
         self.interrupted: int | None = None  # number of the signal that ended train
 
     def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
