@@ -210,7 +210,8 @@ class CheckpointManager:
         config = trainer.config
         self.length = {"steps": config.steps, "minutes": config.minutes}
         self.parts = {"progress": trainer.progress, "metrics": trainer.metrics,
-                      "nonfinite": trainer.train_step.nonfinite}
+                      "nonfinite": trainer.train_step.nonfinite,
+                      "guard": trainer.train_step.guard}
 
     def begin(self, resume: bool, extend: bool, say: Callable[[str], None]) -> None:
         "Fresh start or resumption; refuses to write over another run."
@@ -225,6 +226,10 @@ class CheckpointManager:
         elif resume:
             check_nothing_lost(self.path, rows, self.trainer.config.save_every)
             say(f"no checkpoint in {self.folder.parent}: starting at step 0")
+        self.cut_metrics()
+
+    def cut_metrics(self) -> None:
+        "Drop the rows after the checkpoint: the steps are made again."
         on_main(cut_metrics, self.path, self.saved_step)
         self.trainer.metrics.rows = read_metrics(self.path)
 
@@ -234,15 +239,15 @@ class CheckpointManager:
         except FileNotFoundError:
             return None
 
-    def load(self, found: Path, extend: bool) -> None:
-        "Put everything back, once it is known to fit."
+    def load(self, found: Path, extend: bool, data: bool = True) -> None:
+        "Put everything back, once it is known to fit; `data`: also the loader's position."
         identity = {k: v for k, v in self.metadata.items() if k in ("model", "tokenizer")}
         check_same(load_metadata(found), identity, found)
         saved, trainer = load_state(found)["extra"], self.trainer
         check_length(saved["length"], self.length, found, extend)
         check_same(saved["settings"], self.settings, found, defaults=self.defaults)
         load_checkpoint(found, trainer.objective.model, trainer.train_step.optimizer,
-                        trainer.loader, objective=trainer.objective)
+                        trainer.loader if data else None, objective=trainer.objective)
         for name in self.parts.keys() & saved.keys():  # an old checkpoint may lack a part
             self.parts[name].load_state_dict(saved[name])
         self.saved_step = trainer.progress.step
