@@ -166,12 +166,16 @@ from .metrics import cut_metrics, read_metrics
 from ..utils.processes import on_main
 
 # %% ../../nbs/library/checkpoint_manager.ipynb #721fbd72
-def check_same(saved: dict, given: dict, path: Path, prefix: str = "") -> None:
+def check_same(
+    saved: dict, given: dict, path: Path, prefix: str = "",
+    defaults: dict | None = None,  # of settings that `saved` may lack; others are not compared
+) -> None:
     "`ValueError` that names the first setting which is not as the checkpoint has it."
-    for key in sorted(saved.keys() & given.keys()):
-        was, now = saved[key], given[key]
+    known = (defaults or {}) | saved
+    for key in sorted(known.keys() & given.keys()):
+        was, now = known[key], given[key]
         if isinstance(was, dict) and isinstance(now, dict):
-            check_same(was, now, path, f"{prefix}{key}.")
+            check_same(was, now, path, f"{prefix}{key}.", (defaults or {}).get(key))
         elif was != now:
             raise ValueError(f"{path} has {prefix}{key} {was}, now it is {now}: use the "
                              f"same {key}, or choose another out_dir")
@@ -197,14 +201,17 @@ def check_nothing_lost(path: Path, rows: list[dict], save_every: int) -> None:
 class CheckpointManager:
     "Where a run begins, and what is saved of it."
 
-    def __init__(self, out_dir: Path, trainer, settings: dict, metadata: dict | None = None):
+    def __init__(self, out_dir: Path, trainer, settings: dict, metadata: dict | None = None,
+                 defaults: dict | None = None):  # of settings that an old checkpoint may lack
         self.folder, self.path = out_dir / "checkpoints", out_dir / "metrics.jsonl"
+        self.defaults = defaults
         self.trainer, self.settings, self.metadata = trainer, settings, metadata or {}
         self.saved_step = 0
         config = trainer.config
         self.length = {"steps": config.steps, "minutes": config.minutes}
         self.parts = {"progress": trainer.progress, "metrics": trainer.metrics,
-                      "nonfinite": trainer.train_step.nonfinite}
+                      "nonfinite": trainer.train_step.nonfinite,
+                      "guard": trainer.train_step.guard}
 
     def begin(self, resume: bool, extend: bool, say: Callable[[str], None]) -> None:
         "Fresh start or resumption; refuses to write over another run."
@@ -219,6 +226,10 @@ class CheckpointManager:
         elif resume:
             check_nothing_lost(self.path, rows, self.trainer.config.save_every)
             say(f"no checkpoint in {self.folder.parent}: starting at step 0")
+        self.cut_metrics()
+
+    def cut_metrics(self) -> None:
+        "Drop the rows after the checkpoint: the steps are made again."
         on_main(cut_metrics, self.path, self.saved_step)
         self.trainer.metrics.rows = read_metrics(self.path)
 
@@ -228,17 +239,17 @@ class CheckpointManager:
         except FileNotFoundError:
             return None
 
-    def load(self, found: Path, extend: bool) -> None:
-        "Put everything back, once it is known to fit."
+    def load(self, found: Path, extend: bool, data: bool = True) -> None:
+        "Put everything back, once it is known to fit; `data`: also the loader's position."
         identity = {k: v for k, v in self.metadata.items() if k in ("model", "tokenizer")}
         check_same(load_metadata(found), identity, found)
         saved, trainer = load_state(found)["extra"], self.trainer
         check_length(saved["length"], self.length, found, extend)
-        check_same(saved["settings"], self.settings, found)
+        check_same(saved["settings"], self.settings, found, defaults=self.defaults)
         load_checkpoint(found, trainer.objective.model, trainer.train_step.optimizer,
-                        trainer.loader, objective=trainer.objective)
-        for name, part in self.parts.items():
-            part.load_state_dict(saved[name])
+                        trainer.loader if data else None, objective=trainer.objective)
+        for name in self.parts.keys() & saved.keys():  # an old checkpoint may lack a part
+            self.parts[name].load_state_dict(saved[name])
         self.saved_step = trainer.progress.step
 
     def save(self) -> None:

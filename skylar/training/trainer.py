@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from .checkpoint import CheckpointManager, seed_everything
 from .evaluate import evaluate
+from .guard import Guard, GuardConfig
 from .metrics import MetricsLogger
 from .objective import check_contract, check_objective, check_output
 from .optim import AdamWConfig, ScheduleConfig
@@ -30,8 +31,8 @@ from ..utils.processes import local_device, total_norm
 
 # %% auto #0
 __all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'TrainStep',
-           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'run_settings', 'asked_to_stop', 'take_steps',
-           'Trainer']
+           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'default_of', 'run_settings', 'asked_to_stop',
+           'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -122,19 +123,20 @@ class NonfiniteCounter:
         self.run = (self.run + 1) * ~finite
         self.longest = torch.maximum(self.longest, self.run)
 
-    def check(self, step: int) -> int:
+    def check(self, step: int, more: str = "") -> int:
         "Steps skipped so far; `ValueError` if too many in a row. Here the host waits."
         if (n := int(self.longest)) >= self.limit:
             raise ValueError(
-                f"loss or gradient not finite {n} times in a row, up to step {step}: lower "
-                "the learning rate, warm up for longer, or train in float32")
+                f"loss or gradient not finite {n} times in a row, up to step {step}{more}: "
+                "lower the learning rate, warm up for longer, or train in float32")
         return int(self.skipped)
 
     def state_dict(self) -> dict:
-        return {"skipped": int(self.skipped)}
+        return {"skipped": int(self.skipped), "run": int(self.run)}
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped = torch.full_like(self.skipped, state["skipped"])
+        self.run = self.longest = torch.full_like(self.run, state.get("run", 0))
 
 
 
@@ -142,7 +144,7 @@ class NonfiniteCounter:
 class TrainStep:
     "Micro-batches in, one update of the weights out; the host does not wait for the device."
 
-    def __init__(self, objective, config, optimizer, schedule, parallel=None):
+    def __init__(self, objective, config, optimizer, schedule, parallel=None, guard=None):
         check_master_weights(objective)
         self.objective, self.config, self.schedule = objective, config, schedule
         self.device = local_device(pick_device(config.device))
@@ -155,6 +157,7 @@ class TrainStep:
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.nonfinite = NonfiniteCounter(config.max_nonfinite_steps, self.device)
+        self.guard = Guard(guard or GuardConfig(), self.nonfinite, objective, self.ranks)
 
     def __call__(self, batches: Iterator[dict], step: int, time_done: float = 0.0):
         "One `StepOutput`; `time_done` is the share of the time limit that has passed."
@@ -166,9 +169,13 @@ class TrainStep:
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = total_norm(grads) / count
         finite = loss_sum.isfinite() & norm.isfinite()
+        mean = loss_sum / n_valid.clamp(min=1)
+        keep = self.guard.decide(step, finite, mean, norm, self.params)
         clip = ((self.config.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
-        self.update(grads, count / clip, finite)
-        loss = loss_sum.where(finite, 0.0), n_valid.where(finite, 0)
+        self.update(grads, count / clip, keep)
+        loss, *others = ((total.where(finite, 0), n.where(finite, 0))
+                         for total, n in ((loss_sum, n_valid), *metrics.values()))
+        metrics = dict(zip(metrics, others))
         return StepOutput(loss, n_valid, norm, self.base_lrs[0] * factor, metrics)
 
     def backward(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, dict]:
@@ -179,6 +186,7 @@ class TrainStep:
             with autocast(self.device, self.dtype):
                 output = check_output(self.forward(to_device(batch, self.device)))
             output.loss_sum.backward()
+            self.guard.micro_batch(output.loss_sum)
             loss_sum, n_valid = loss_sum + output.loss_sum.detach(), n_valid + output.n_valid
             for name, (total, count) in output.metrics.items():
                 have = metrics.get(name, (0.0, 0))
@@ -186,18 +194,17 @@ class TrainStep:
         self.parallel.finish_gradients()
         return self.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
 
-    def update(self, grads: list[Tensor], divisor: Tensor, finite: Tensor) -> None:
-        "Divide the gradients and move the weights, unless something is NaN or infinite."
+    def update(self, grads: list[Tensor], divisor: Tensor, keep: Tensor) -> None:
+        "Divide the gradients and move the weights, if the guard says so."
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # it is fused
             self.optimizer.grad_scale = divisor.float()
-            self.optimizer.found_inf = (~finite).float()
+            self.optimizer.found_inf = (~keep).float()
             self.optimizer.step()
             self.optimizer.grad_scale = self.optimizer.found_inf = None
-        elif finite:  # the host waits
+        elif keep:  # the host waits
             torch._foreach_div_(grads, divisor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.nonfinite.add(finite)
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c052
 def cycle(loader: Iterable[dict]) -> Iterator[dict]:
@@ -221,7 +228,7 @@ def check_ranks(loader, ranks) -> None:
 def checked_batches(loader: Iterable[dict], train_step: TrainStep) -> Iterator[dict]:
     "`cycle(loader)`, once the first batch has shown that all contracts are kept."
     check_ranks(loader, train_step.ranks)
-    batches = cycle(loader)
+    batches = train_step.guard.note(cycle(loader), loader)
     first = next(batches)
     with autocast(train_step.device, train_step.dtype):
         check_contract(train_step.objective, to_device(first, train_step.device))
@@ -246,6 +253,12 @@ def check_parts(objective, loader, config, optimizer, schedule, parallel=None) -
             raise ValueError(f"{name} is a {type(given).__name__}; give a config with a "
                              f"method {method}, such as {example}")
     schedule.multiplier(0, config.steps)  # refuses a warm-up that fills the run
+
+def default_of(part):
+    "A config of the same class with its defaults; one that has none for a field, itself."
+    fresh = is_dataclass(part) and all(
+        f.default is not MISSING or f.default_factory is not MISSING for f in fields(part))
+    return type(part)() if fresh else part
 
 def run_settings(config: TrainConfig, optimizer, schedule) -> dict:
     "What decides the course of a run, as JSON gives it back; a resume must have the same."
@@ -275,6 +288,8 @@ def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) ->
         metrics.add(output, time.perf_counter() - start)
         progress.advance()
         report.step(progress.step, progress.done)
+        if train_step.guard.after_step(trainer, report.say):
+            continue  # the run was rolled back
         trainer.log(report)
         if trainer.checkpoints and progress.due(trainer.config.save_every):
             trainer.checkpoints.save()
@@ -289,6 +304,7 @@ class Trainer:
         loader: Iterable[dict],  # resumes if it has state_dict, load_state_dict
         config: TrainConfig | None = None, *,
         optimizer=None, schedule=None, parallel=None,  # configs; AdamW, cosine, one process
+        guard: GuardConfig | None = None,  # what to do about NaN and loss spikes
         out_dir: Path | str | None = None,  # metrics.jsonl, checkpoints/; None: nothing
         eval_loader: Iterable[dict] | None = None,
         bytes_per_token: float | None = None,  # text bytes for each validation target
@@ -302,12 +318,14 @@ class Trainer:
         self.config, self.loader, self.quiet = config, loader, quiet
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
-        self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
+        self.train_step = TrainStep(objective, config, optimizer, schedule, parallel, guard)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
+        self.train_step.guard.attach(out, config.save_every)
         self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
         self.checkpoints = out and CheckpointManager(
-            out, self, run_settings(config, optimizer, schedule), metadata)
+            out, self, run_settings(config, optimizer, schedule), metadata,
+            defaults=run_settings(TrainConfig(), *map(default_of, (optimizer, schedule))))
         self.interrupted: int | None = None  # number of the signal that ended train
 
     def train(self, resume: bool = False, extend: bool = False) -> list[dict]:
@@ -334,7 +352,7 @@ class Trainer:
         if self.eval_loader is not None and progress.due(self.config.eval_every):
             row = self.evaluate()
         if row or progress.due(self.config.log_every):
-            row["skipped"] = self.train_step.nonfinite.check(progress.step)
+            row |= self.train_step.guard.row()
             report.row(self.metrics.row(progress.step, **row), progress.done)
 
     def evaluate(self) -> dict[str, float]:

@@ -1,0 +1,100 @@
+"""A small model on marked batches, alone or in the processes that torchrun starts; see test_guard.
+
+`python guard_worker.py OUT STRATEGY`: one rank of the last meets bad batches, is rolled back, and
+the first rank writes what it saw, and a hash of the whole weights."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from byte_corpus import corpus, write
+
+from skylar.data.loader import PackedLoader
+from skylar.data.shards import ShardDataset
+from skylar.models.decoder import CausalLM
+from skylar.models.presets import get_config
+from skylar.training.distributed import ParallelConfig
+from skylar.training.guard import GuardConfig
+from skylar.training.loss import NextTokenObjective
+from skylar.training.objective import LossOutput
+from skylar.training.optim import AdamWConfig, ScheduleConfig
+from skylar.training.trainer import TrainConfig, Trainer
+from skylar.utils.processes import (
+    gather_objects,
+    is_main_process,
+    join_processes,
+    leave_processes,
+    on_main,
+    rank_and_size,
+)
+
+
+class Marked(PackedLoader):
+    "Batches that carry a factor for the loss: `factor` for samples in [first, last), else 1."
+
+    first, last, factor, bad_rank = 0, 0, float("nan"), None
+
+    def _batch(self, sample):
+        here = self.first <= sample < self.last and self.bad_rank in (None, self.rank)
+        batch = super()._batch(sample)
+        return batch | {"factor": torch.full((len(batch["labels"]),), self.factor if here else 1.0)}
+
+
+class Faulty(NextTokenObjective):
+    "Multiplies the loss by the factor that a batch carries."
+
+    def forward(self, batch):
+        batch = dict(batch)
+        factor = batch.pop("factor")[0]
+        loss_sum, n_valid, metrics = super().forward(batch)
+        return LossOutput(loss_sum * factor, n_valid, metrics)
+
+
+def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=float("nan"),
+                 bad_rank=None, objective=Faulty, guard=None, callbacks=(), parallel=None, rank=0, size=1,
+                 rows=4, n_layers=1, dropout=0.0, lr=3e-3, **train) -> Trainer:
+    loader = Marked(ShardDataset(data), batch_size=rows // size, seq_len=16, rank=rank,
+                    world_size=size, seed=1)
+    loader.first, loader.last, loader.factor, loader.bad_rank = *bad, factor, bad_rank
+    torch.manual_seed(0)
+    model = CausalLM(get_config(
+        "test", family="qwen3", vocab_size=258, d_model=16, n_heads=2, n_kv_heads=2, d_head=8,
+        d_ff=32, n_layers=n_layers, max_seq_len=32, dropout=dropout))
+    config = TrainConfig(**{"steps": 20, "dtype": "float32", "device": "cpu", "log_every": 1,
+                            "save_every": 4, "eval_every": 0, **train})
+    return Trainer(objective(model), loader, config, optimizer=AdamWConfig(lr=lr), quiet=True,
+                   schedule=ScheduleConfig(kind="constant", warmup_steps=0), out_dir=out,
+                   guard=guard, callbacks=callbacks, parallel=parallel)
+
+
+def weights_hash(model) -> str:
+    "SHA-256 of all weights, gathered if they are sharded."
+    digest = hashlib.sha256()
+    for name, p in sorted(model.named_parameters()):
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p
+        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def main(out: Path, strategy: str) -> None:
+    join_processes(torch.device("cpu"))
+    rank, size = rank_and_size()
+    data = out / "data"
+    on_main(write, corpus(), data)
+    trainer = make_trainer(
+        data, out / "run", bad=(32, 44), bad_rank=size - 1, rank=rank, size=size, n_layers=2,
+        guard=GuardConfig(rollback=1, max_nonfinite_steps=3),
+        parallel=ParallelConfig(strategy=strategy))
+    trainer.train()
+    found = gather_objects({"hash": weights_hash(trainer.model), "step": trainer.progress.step,
+                            "rollbacks": trainer.train_step.guard.rollbacks})
+    if is_main_process():
+        (out / "result.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])
+    leave_processes()
