@@ -25,6 +25,7 @@ from .. import __version__
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
+from .sweep import sweep
 
 # %% ../../nbs/cli.ipynb #c049
 def show_summary(values: dict[str, str]) -> None:
@@ -551,6 +552,7 @@ COMMANDS = {
     "tokenizer train": tokenizer_train,
     "presets": presets,
     "pretrain": pretrain,
+    "sweep": sweep,
     "generate": generate,
     "eval": evaluate,
     "export": export,

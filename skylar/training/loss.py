@@ -186,7 +186,8 @@ class NextTokenObjective(nn.Module):
         hidden = self.model.model(
             batch["input_ids"], batch.get("position_ids"), batch.get("document_ids"))
         hidden, labels = hidden.flatten(0, 1), batch["labels"].flatten()
-        sums = self.loss(hidden, self.model.lm_head.weight, labels, **self.options)
+        options = self.options if self.training else {**self.options, "z_loss": 0.0}
+        sums = self.loss(hidden, self.model.lm_head.weight, labels, **options)
         return LossOutput(*sums, {})
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
