@@ -7,13 +7,14 @@ are judged on the same windows, and take turns in one process.
 
     python bench/time_to_quality.py           # 3 seeds, about 7 minutes on two quiet cores
     python bench/time_to_quality.py --quick   # one seed, a tenth of the steps, writes no file
+    python bench/time_to_quality.py --search  # short runs that chose FAST, about 3 minutes
 """
 
 import argparse
 import statistics
 
 import torch
-from common import record
+from common import record, write
 
 from skylar.data.sources import documents
 from skylar.models.decoder import CausalLM, count_parameters
@@ -34,11 +35,21 @@ CLASSIC = dict(
 # models ten times as wide); bf16 where the processor has it. Muon's polynomials cost the same
 # whatever the batch is, so they are few and in bf16.
 FAST = dict(
-    steps=700, batch=8, dtype="auto", init_std=0.05,
-    optimizer=OptimizerConfig(kind="muon", lr=8e-3, muon_steps=4, muon_dtype="bfloat16"),
+    steps=400, batch=16, dtype="auto", init_std=0.05,
+    optimizer=OptimizerConfig(kind="muon", lr=8e-3, muon_steps=3, muon_dtype="bfloat16"),
     schedule=ScheduleConfig(kind="cosine", warmup_steps=20, min_ratio=0.0))
 LONG = FAST  # its steps: as many as the baseline's seconds allow
 MARGIN = 0.95  # of these seconds are planned, as speed varies
+SEARCH = [  # (steps, batch, kind, lr, Muon's settings)
+    (500, 8, "adamw", 4e-3, {}),
+    (500, 8, "muon", 4e-3, {"muon_steps": 4}),
+    (500, 8, "muon", 8e-3, {"muon_steps": 4}),
+    (500, 8, "muon", 4e-3, {"muon_steps": 4, "muon_lr": 1.2e-2}),
+    (500, 8, "muon", 8e-3, {"muon_steps": 3}),
+    (500, 12, "muon", 8e-3, {"muon_steps": 4}),
+    (500, 16, "muon", 8e-3, {"muon_steps": 4}),
+    (380, 16, "muon", 8e-3, {"muon_steps": 3}),
+]
 
 
 def corpus() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -106,12 +117,26 @@ def run(recipe: dict, data, seed: int, target: float | None = None, every: int =
     return in_time[-1] | {"parameters": count_parameters(config)}
 
 
+def search() -> None:
+    """One seed of each candidate."""
+    data, rows = corpus(), []
+    for steps, batch, kind, lr, more in SEARCH:
+        bf16 = {"muon_dtype": "bfloat16"} if kind == "muon" else {}
+        recipe = FAST | {"steps": steps, "batch": batch,
+                         "optimizer": OptimizerConfig(kind=kind, lr=lr, **bf16, **more)}
+        result = run(recipe, data, 0, every=steps)
+        rows.append({"steps": steps, "batch": batch, "kind": kind, "lr": lr} | more
+                    | {key: result[key] for key in ("tokens", "val_loss")})
+        write("time_to_quality_search", rows)
+        print(rows[-1], flush=True)
+
+
 def main(seeds: int, scale: float, dry: bool) -> None:
     data, rows, speedups = corpus(), [], []
     classic, fast = (r | {"steps": round(r["steps"] * scale)} for r in (CLASSIC, FAST))
     for seed in range(seeds):
         base = run(classic, data, seed, every=classic["steps"])
-        ours = run(fast, data, seed, target=base["val_loss"])
+        ours = run(fast, data, seed, target=base["val_loss"], every=20)
         reached = ours["val_loss"] <= base["val_loss"]
         assert dry or reached, f"seed {seed} did not reach the target"
         steps = int(MARGIN * base["seconds"] / ours["seconds"] * ours["step"])
@@ -138,5 +163,8 @@ if __name__ == "__main__":
                         help="of both numbers of steps; at least 0.1")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     parser.add_argument("--quick", action="store_true", help="--seeds 1 --scale 0.1 --dry")
+    parser.add_argument("--search", action="store_true", help="short runs of candidates")
     args = parser.parse_args()
+    if args.search:
+        raise SystemExit(search())
     main(*((1, 0.1, True) if args.quick else (args.seeds, args.scale, args.dry)))
