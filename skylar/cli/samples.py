@@ -31,8 +31,10 @@ class TextSamples:
         text = self.text()
         cut_metrics(self.path, step - 1)  # of a run that went back to a checkpoint
         append_metrics(self.path, {"step": step, "prompt": self.config.prompt, "text": text})
-        shown = " ".join((self.config.prompt + text).split())
-        self.say(f"step {step:>6}  sample: {shown[:160]}")
+        shown = " ".join((self.config.prompt + text).split())[:160]
+        # control characters would be commands to the terminal
+        shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
+        self.say(f"step {step:>6}  sample: {shown}")
 
     def text(self) -> str:
         "A continuation of the prompt by the model as it is now."

@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'git_commit', 'versions', 'device_name', 'run_record', 'n
 import os
 import platform
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -72,4 +72,4 @@ def run_record(device: str = "auto", dtype: str = "auto") -> dict:
 
 def now() -> str:
     "Date and time, UTC."
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -228,8 +228,9 @@ def is_half_made(out: Path) -> bool:
     own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints",
            "anomalies.jsonl", "samples.jsonl", "starts.jsonl"}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    ours = LOCK in names or "config.yaml" in names  # a copy may lack hidden files
-    return ours and all(n in own or n.startswith(".config.yaml.") for n in names)
+    tests = {"lr_range.json", "lr_range.png"}  # of `skylar lr-range`
+    ours = LOCK in names or "config.yaml" in names or names <= tests  # hidden: not in a copy
+    return ours and all(n in own | tests or n.startswith(".config.yaml.") for n in names)
 
 
 LOCK = ".run.lock"  # held while a run trains
