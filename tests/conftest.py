@@ -39,6 +39,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
+    "test_guard": {"test_two_ranks_agree_when_one_of_them_meets_a_bad_batch"},
     "test_hub": {"test_loading_needs_memory_for_the_model_once"},
     "test_hub_parity": {
         "test_smollm2_equals_transformers",
@@ -54,6 +55,11 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     "test_student": {"test_a_real_lesson_from_start_to_finish"},
     "test_lessons": {"test_rewritten_lessons_run_twice_and_checks_refuse_skeletons"},
     "test_readme": {"test_shell_block_runs_as_typed", "test_python_block_runs_as_typed"},
+    "test_reproducible": {
+        "test_one_error_line_and_no_warning_of_ddp",
+        "test_samples_of_a_sharded_model_are_refused_before_any_work",
+        "test_the_same_seed_gives_the_same_bits",
+    },
     "test_resume": {
         "test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint",
         "test_sigkill_then_resume_is_bit_for_bit",

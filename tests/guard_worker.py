@@ -53,8 +53,8 @@ class Faulty(NextTokenObjective):
 
 
 def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=float("nan"),
-                 bad_rank=None, objective=Faulty, guard=None, callbacks=(), parallel=None, rank=0, size=1,
-                 rows=4, n_layers=1, dropout=0.0, lr=3e-3, **train) -> Trainer:
+                 bad_rank=None, objective=Faulty, guard=None, callbacks=(), parallel=None,
+                 rank=0, size=1, rows=4, n_layers=1, dropout=0.0, lr=3e-3, **train) -> Trainer:
     loader = Marked(ShardDataset(data), batch_size=rows // size, seq_len=16, rank=rank,
                     world_size=size, seed=1)
     loader.first, loader.last, loader.factor, loader.bad_rank = *bad, factor, bad_rank

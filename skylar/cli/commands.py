@@ -7,12 +7,13 @@ __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable',
            'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'add_model_flags',
            'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate', 'export', 'demo',
            'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion', 'completion_parser',
-           'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main', 'note']
+           'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main', 'note', 'say_once']
 
 # %% ../../nbs/cli.ipynb #c047
 import argparse
 import ast
 import difflib
+import hashlib
 import inspect
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from .lr_range import lr_range
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
@@ -247,13 +249,14 @@ def pretrain(
       skylar pretrain --config runs/first/config.yaml --resume --extend_to 5000
       torchrun --nproc-per-node 8 -m skylar pretrain --data data/plays --out runs/eight
     """
+    from skylar.cli.samples import text_samples
     from skylar.training.run import prepare_run, result_summary, run_summary, train
     from skylar.utils.processes import is_main_process, leave_processes
 
     run = prepare_run(config)
     if is_main_process():
         show_summary(run_summary(run))
-    result = train(run)
+    result = train(run, text_samples(run))
     leads = is_main_process()
     leave_processes()
     if not leads:
@@ -552,6 +555,7 @@ COMMANDS = {
     "tokenizer train": tokenizer_train,
     "presets": presets,
     "pretrain": pretrain,
+    "lr-range": lr_range,
     "sweep": sweep,
     "generate": generate,
     "eval": evaluate,
@@ -579,6 +583,8 @@ def command_parser(name: str) -> Parser:
     if function is data_tokenize:
         corpus = read_parameters(RUN_MODULE, "CorpusConfig")
         add_flags(parser, [p for p in corpus if p.name != "source"])
+    if function is lr_range:
+        add_run_flags(parser, skip=("out", "resume", "extend_to"))
     if function is demo:
         add_run_flags(parser, skip=("data", "out", "resume", "extend_to"))
         parser.set_nested_defaults(DEMO)
@@ -655,10 +661,26 @@ def main(
     except Exception as error:
         if os.environ.get("SKYLAR_DEBUG") or not is_users(error):
             raise
-        print(f"skylar: error: {one_line(error)}", file=sys.stderr)
+        if not getattr(error, "reported", False):
+            say_once(f"skylar: error: {one_line(error)}")
         return 2
 
 
 def note(message, *details) -> None:
     "A warning in one line."
-    print(f"skylar: note: {one_line(message)}", file=sys.stderr)
+    say_once(f"skylar: note: {one_line(message)}")
+
+
+def say_once(line: str) -> None:
+    """A line on stderr, unless another process that this torchrun started has said it.
+
+    The first to create a file of the line's hash speaks; torchrun removes the folder."""
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        name = f"said-{hashlib.sha256(line.encode()).hexdigest()[:16]}"
+        try:
+            (Path(place).parents[1] / name).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # not a folder of ours: say it
+            pass
+    print(line, file=sys.stderr)

@@ -24,7 +24,7 @@ from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'Recomputed', 'recompute', 'ParallelConfig', 'CopiedRun', 'share_matrices', 'ShardedRun']
+__all__ = ['PLAN', 'Recomputed', 'recompute', 'ParallelConfig', 'WithIdle', 'CopiedRun', 'share_matrices', 'ShardedRun']
 
 # %% ../../nbs/library/parallel.ipynb #262162bc
 class Recomputed:
@@ -92,13 +92,28 @@ class ParallelConfig:
         return shared
 
 # %% ../../nbs/library/parallel.ipynb #9a1fe5f6
+class WithIdle(nn.Module):
+    """An objective and a parameter that no forward pass uses.
+
+    DDP must look for unused parameters, since an objective may have some (a second head, an
+    expert without tokens), and warns at a step that has none. Here every step has one."""
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.objective = objective
+        self.idle = nn.Parameter(torch.zeros(1, device=next(objective.parameters()).device))
+
+    def forward(self, batch: dict):
+        return self.objective(batch)
+
+
 class CopiedRun(SingleProcess):
     "Distributed data parallel: every rank has the whole model, gradients are averaged."
 
     def __init__(self, objective: nn.Module, device: torch.device, seed: int):
         place(objective, device, seed)
         self.ranks = Ranks(rank=dist.get_rank(), size=dist.get_world_size())
-        self.forward = DistributedDataParallel(objective, find_unused_parameters=True)
+        self.forward = DistributedDataParallel(WithIdle(objective), find_unused_parameters=True)
 
     def sync_gradients(self, on: bool) -> None:
         self.forward.require_backward_grad_sync = on  # as in `no_sync()`

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['launched_world_size', 'local_device', 'join_processes', 'leave_processes', 'WholeDraws', 'place', 'Ranks',
-           'SingleProcess', 'is_main_process', 'agree', 'barrier', 'rank_and_size', 'on_main', 'gather_objects',
-           'total_norm']
+           'SingleProcess', 'is_main_process', 'agree', 'barrier', 'rank_and_size', 'MainFailed', 'on_main',
+           'gather_objects', 'total_norm']
 
 # %% ../../nbs/library/processes.ipynb #95b6dfb7
 import gc
@@ -157,6 +157,12 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
 
 
+class MainFailed(OSError):
+    "Raised by the others when the main process fails, which says why."
+
+    reported = True  # one line of error is enough
+
+
 def on_main(function: Callable, *args) -> None:
     "Let the main process do it, the others wait; if it fails, all fail."
     error = None
@@ -169,7 +175,7 @@ def on_main(function: Callable, *args) -> None:
     if error is not None:
         raise error
     if failed:
-        raise OSError("the main process failed; its message says why")
+        raise MainFailed("the main process failed; its message says why")
 
 
 def gather_objects(value: Any) -> list:
