@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
@@ -551,6 +552,7 @@ COMMANDS = {
     "tokenizer train": tokenizer_train,
     "presets": presets,
     "pretrain": pretrain,
+    "watch": watch,
     "generate": generate,
     "eval": evaluate,
     "export": export,

@@ -37,7 +37,9 @@ from .checkpoint import load_state, load_weights
 from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
+from .monitor import Monitor, MonitorConfig
 from .optim import AdamWConfig, ScheduleConfig
+from .trackers import check_trackers
 from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
 from ..utils.devices import pick_device
@@ -90,6 +92,7 @@ class RunConfig:
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
+    monitor: MonitorConfig = MonitorConfig()  # what is measured, and where it is shown
 
 # %% ../../nbs/library/runs.ipynb #c006
 def build_config(
@@ -156,7 +159,7 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
 FREE = ("data", "out", "init", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.device", "parallel")
+        "train.device", "parallel", "monitor")
 
 
 def stored(config: RunConfig) -> dict:
@@ -200,7 +203,8 @@ def has_metrics(out: Path) -> bool:
 
 def is_half_made(out: Path) -> bool:
     "True if `out` holds only what a start leaves that was killed before it saved."
-    own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints"}
+    own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints",
+           "tracking"}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     ours = LOCK in names or "config.yaml" in names  # a copy may lack hidden files
     return ours and all(n in own or n.startswith(".config.yaml.") for n in names)
@@ -295,6 +299,7 @@ def prepare_run(config: RunConfig) -> Run:
     if config.minutes is not None:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
         config = replace(config, train=train, minutes=None)
+    check_trackers(config.monitor.trackers)
     check_device(config.train.device, "train.device")
     join_processes(local_device(pick_device(config.train.device)))
     config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
@@ -382,7 +387,8 @@ def train(
             bytes_per_token=bytes_per_token(run.datasets["val"]), metadata=metadata_of(run),
             callbacks=callbacks)
         on_main(write_description, run)
-        rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
+        with Monitor(trainer, run.config.monitor, settings=flat(stored(run.config))):
+            rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
     return RunResult(rows=rows, step=trainer.progress.step, finished=trainer.progress.done >= 1,
                      signal=trainer.interrupted)
 
