@@ -14,14 +14,18 @@ from collections.abc import Sequence
 BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bits: column, row
 
 
-def columns_of(points: Sequence[tuple[float, float]], n: int) -> list[float | None]:
-    "Means of the values in `n` equal parts of the range of x; None where there are none."
+def columns_of(points: Sequence[tuple[float, float]], n: int) -> list[float]:
+    "Means of the values in `n` equal parts of the range of x; where none are, a straight line."
     low, high = points[0][0], points[-1][0]
     parts: list[list[float]] = [[] for _ in range(n)]
     for x, y in points:
         place = int((x - low) / (high - low) * n) if high > low else 0
         parts[min(max(place, 0), n - 1)].append(y)
-    return [sum(part) / len(part) if part else None for part in parts]
+    known = [(i, sum(part) / len(part)) for i, part in enumerate(parts) if part]
+    values = []
+    for (i, y), (j, z) in zip(known, [*known[1:], (n, known[-1][1])]):
+        values += [y + (z - y) * k / (j - i) for k in range(j - i)]
+    return values
 
 
 def curve(
@@ -30,14 +34,12 @@ def curve(
 ) -> list[str]:
     "Lines of text that draw `points`; the largest and the smallest value stand beside them."
     values = columns_of(points, 2 * width)
-    known = [v for v in values if v is not None]
-    low, high = min(known), max(known)
+    low, high = min(values), max(values)
     cells = [[0x2800] * width for _ in range(height)]
     for x, value in enumerate(values):
-        if value is not None:
-            share = (high - value) / (high - low) if high > low else 0.5
-            y = round(share * (4 * height - 1))
-            cells[y // 4][x // 2] |= BRAILLE[x % 2][y % 4]
+        share = (high - value) / (high - low) if high > low else 0.5
+        y = round(share * (4 * height - 1))
+        cells[y // 4][x // 2] |= BRAILLE[x % 2][y % 4]
     lines = ["".join(map(chr, line)) for line in cells]
     lines[0] += f" {high:.4g}"
     lines[-1] += f" {low:.4g}" if len(lines) > 1 else ""
