@@ -373,7 +373,7 @@ def test_flags_are_those_of_the_imported_objects_and_of_fastcore():
 
     kinds = typing.get_type_hints(runs.RunConfig).values()
     groups = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-    assert len(groups) == 6
+    assert len(groups) == 7
     for kind in groups:
         ours = read_parameters("skylar.training.run", kind.__name__)
         types = typing.get_type_hints(kind)
