@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from .. import __version__
 from .lr_range import lr_range
+from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
@@ -557,6 +558,7 @@ COMMANDS = {
     "pretrain": pretrain,
     "lr-range": lr_range,
     "sweep": sweep,
+    "watch": watch,
     "generate": generate,
     "eval": evaluate,
     "export": export,

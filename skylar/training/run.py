@@ -43,9 +43,11 @@ from .evaluate import evaluate
 from .guard import GuardConfig
 from .loss import NextTokenObjective
 from .metrics import append_metrics
+from .monitor import Monitor, MonitorConfig
 from .muon import OptimizerConfig
 from .optim import ScheduleConfig
 from .record import now, run_record
+from .trackers import check_trackers
 from .trainer import TrainConfig, Trainer
 from .upload import Uploader, download_run
 from ..utils.checks import check_int, check_positive, nearest
@@ -148,6 +150,7 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
     guard: GuardConfig = GuardConfig()
     sample: SampleConfig = SampleConfig()
+    monitor: MonitorConfig = MonitorConfig()  # what is measured, and where it is shown
 
     def __post_init__(self):
         if not isinstance(self.optimizer, OptimizerConfig):
@@ -219,8 +222,8 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
 FREE = ("data", "out", "init", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.device", "parallel", "upload", "stream", "sample", "guard.rollback",
-        "guard.max_nonfinite_steps")
+        "train.device", "parallel", "upload", "stream", "sample", "monitor",
+        "guard.rollback", "guard.max_nonfinite_steps")
 
 
 def stored(config: RunConfig) -> dict:
@@ -265,7 +268,7 @@ def has_metrics(out: Path) -> bool:
 def is_half_made(out: Path) -> bool:
     "True if `out` holds only what a start leaves that was killed before it saved."
     own = {LOCK, "tokenizer", "tokenizer.part", "config.yaml", "metrics.jsonl", "checkpoints",
-           "anomalies.jsonl", "samples.jsonl", "starts.jsonl"}
+           "anomalies.jsonl", "samples.jsonl", "starts.jsonl", "tracking"}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     tests = {"lr_range.json", "lr_range.png"}  # of `skylar lr-range`
     ours = LOCK in names or "config.yaml" in names or names <= tests  # hidden: not in a copy
@@ -362,6 +365,7 @@ def prepare_run(config: RunConfig) -> Run:
     if config.minutes is not None:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
         config = replace(config, train=train, minutes=None)
+    check_trackers(config.monitor.trackers)
     check_device(config.train.device, "train.device")
     join_processes(local_device(pick_device(config.train.device)))
     config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
@@ -495,7 +499,8 @@ def train(
         for callback in callbacks:
             getattr(callback, "attach", lambda trainer: None)(trainer)
         on_main(write_description, run)
-        with uploading(run) as uploader:
+        watched = Monitor(trainer, run.config.monitor, settings=flat(stored(run.config)))
+        with uploading(run) as uploader, watched:
             rows = trainer.train(run.config.resume, extend=run.config.extend_to is not None)
             if uploader and trainer.interrupted:
                 uploader.patience = 20.0  # who sent the signal does not wait for long

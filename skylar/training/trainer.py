@@ -24,7 +24,7 @@ from .objective import check_contract, check_objective, check_output
 from .optim import AdamWConfig, ScheduleConfig
 from .progress import ProgressReporter, RunProgress
 from ..utils.checks import check_choice, check_int, check_positive
-from ..utils.devices import autocast, pick_device
+from ..utils.devices import allow_tf32, autocast, pick_device
 from ..utils.devices import pick_dtype, to_device
 from ..utils.processes import SingleProcess, agree, launched_world_size
 from ..utils.processes import local_device, total_norm
@@ -149,6 +149,7 @@ class TrainStep:
         self.objective, self.config, self.schedule = objective, config, schedule
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
+        allow_tf32(self.device, config.dtype)
         share = parallel.apply if parallel is not None else SingleProcess
         self.parallel = share(objective, self.device, config.seed)
         self.ranks, forward = self.parallel.ranks, self.parallel.forward

@@ -100,7 +100,8 @@ class Ranks:
 
     def sum(self, values: Sequence[Tensor | float], device: torch.device) -> list[Tensor]:
         "Each value summed over the ranks: one collective, the same result on each."
-        values = [torch.as_tensor(value, device=device) for value in values]
+        values = [v.to(device) if torch.is_tensor(v) else torch.full((), v, device=device)
+                  for v in values]  # as_tensor(number, device=...) would wait for a GPU
         if self.size == 1:
             return values
         total = torch.stack([value.detach().double() for value in values])
