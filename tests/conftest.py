@@ -39,7 +39,10 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
-    "test_guard": {"test_two_ranks_agree_when_one_of_them_meets_a_bad_batch"},
+    "test_guard": {
+        "test_a_parameter_that_is_idle_on_one_rank_or_on_both",
+        "test_two_ranks_agree_when_one_of_them_meets_a_bad_batch",
+    },
     "test_hub": {"test_loading_needs_memory_for_the_model_once"},
     "test_hub_parity": {
         "test_smollm2_equals_transformers",

@@ -90,7 +90,7 @@ def test_data_folder(home):
 def test_run_folder(home):
     run = home / "run"
     assert {p.name for p in run.iterdir()} == {
-        ".run.lock", "metrics.jsonl", "config.yaml", "tokenizer", "checkpoints"}
+        ".run.lock", "metrics.jsonl", "config.yaml", "starts.jsonl", "tokenizer", "checkpoints"}
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-000006"
     metadata = json.loads((run / "checkpoints" / "step-000006" / "metadata.json").read_text())
     assert runs.load_run(run)[0].config.vocab_size == 300  # the tokenizer's, not the preset's

@@ -288,3 +288,12 @@ def test_two_ranks_agree_when_one_of_them_meets_a_bad_batch(tmp_path, strategy):
     assert json.loads((again / "result.json").read_text()) == found  # bit for bit
 
 
+
+
+def test_a_parameter_that_is_idle_on_one_rank_or_on_both(tmp_path):
+    done = torchrun(2, Path(__file__).with_name("idle_worker.py"), tmp_path)
+    first, second = json.loads((tmp_path / "idle.json").read_text())
+    assert first == second
+    one, two, three, four = first["head"]  # used at steps 2 and 4
+    assert one != two == three != four
+    assert "find_unused" not in done.stderr
