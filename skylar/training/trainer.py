@@ -147,7 +147,6 @@ class TrainStep:
         self.objective, self.config, self.schedule = objective, config, schedule
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
-        allow_tf32(self.device, config.dtype)
         share = parallel.apply if parallel is not None else SingleProcess
         self.parallel = share(objective, self.device, config.seed)
         self.ranks, forward = self.parallel.ranks, self.parallel.forward
@@ -304,6 +303,7 @@ class Trainer:
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
         self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
+        allow_tf32(self.train_step.device, config.dtype)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
         self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
