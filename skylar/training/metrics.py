@@ -43,13 +43,12 @@ def _methods(callbacks: Iterable, name: str) -> list[Callable]:
 class MetricsLogger:
     """Means since the last row: in memory, in metrics.jsonl, and for every callback.
 
-    A callback gets the row; one that returns True asks for the run to stop. It may have
-    `on_step(output, seconds)`, and `measure(row, seconds)`, which adds to the row."""
+    One that returns True asks for the run to stop. `on_step(output, seconds)` of a callback
+    is called each step, and `measure(row, seconds)` gives what to add to the row."""
 
     def __init__(self, path: Path | None = None, callbacks: Iterable[Callable] = ()):
         self.path = path if is_main_process() else None  # one of several processes writes
-        self.callbacks, self.rows = tuple(callbacks), []
-        self.stop_requested = False
+        self.callbacks, self.rows, self.stop_requested = tuple(callbacks), [], False
         self.tokens = 0  # targets seen from the start of the run to the last row
         self._clear()
 
@@ -59,8 +58,8 @@ class MetricsLogger:
 
     def add(self, output, seconds: float) -> None:
         "Count a step, a `StepOutput`; `seconds` without evaluating and saving."
-        self.last = output
-        self.seconds, self.n_targets = self.seconds + seconds, self.n_targets + output.n_valid
+        self.last, self.seconds = output, self.seconds + seconds
+        self.n_targets = self.n_targets + output.n_valid
         for name, (total, count) in ({"loss": output.loss} | output.metrics).items():
             have = self.sums.setdefault(name, [0.0, 0])
             have[0], have[1] = have[0] + total, have[1] + count
@@ -99,5 +98,5 @@ class MetricsLogger:
 
     def load_state_dict(self, state: dict) -> None:
         self._clear()
-        self.tokens = state["tokens"]
-        self.sums = {name: list(pair) for name, pair in state["sums"].items()}
+        self.tokens, sums = state["tokens"], state["sums"]
+        self.sums = {name: list(pair) for name, pair in sums.items()}

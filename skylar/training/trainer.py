@@ -265,6 +265,7 @@ def asked_to_stop(stop: StopSignals, metrics: MetricsLogger) -> bool:
 def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) -> None:
     "Step, log, save, until the run is done, a signal came, or a callback asked to stop."
     train_step, progress, metrics = trainer.train_step, trainer.progress, trainer.metrics
+    allow_tf32(train_step.device, trainer.config.dtype)
     progress.start()
     batches = checked_batches(trainer.loader, train_step)
     metrics.stop_requested = False
@@ -303,7 +304,6 @@ class Trainer:
         self.objective, self.model = objective, objective.model
         self.eval_loader, self.bytes_per_token = eval_loader, bytes_per_token
         self.train_step = TrainStep(objective, config, optimizer, schedule, parallel)
-        allow_tf32(self.train_step.device, config.dtype)
         self.progress = RunProgress(config.steps, config.minutes)
         out = None if out_dir is None else Path(out_dir)
         self.metrics = MetricsLogger(out and out / "metrics.jsonl", callbacks)
