@@ -32,17 +32,23 @@ def append_metrics(path: Path | str, row: dict) -> None:
         file.write(json.dumps(row) + "\n")
 
 # %% ../../nbs/library/metrics.ipynb #be63ca35
+def _number(value: Tensor | float) -> float:
+    return value.item() if torch.is_tensor(value) else value
+
+
+def _methods(callbacks: Iterable, name: str) -> list[Callable]:
+    return [getattr(callback, name) for callback in callbacks if hasattr(callback, name)]
+
+# %% ../../nbs/library/metrics.ipynb #9af3d536
 class MetricsLogger:
     """Means since the last row: in memory, in metrics.jsonl, and for every callback.
 
-    A callback gets the row; one that returns True asks for the run to stop. One with
-    `on_step(output, seconds)` is told of every step, and one with `measure(row, seconds)`
-    returns what to add to the row (the Monitor does both)."""
+    One that returns True asks for the run to stop. `on_step(output, seconds)` of a callback
+    is called each step, and `measure(row, seconds)` gives what to add to the row."""
 
     def __init__(self, path: Path | None = None, callbacks: Iterable[Callable] = ()):
         self.path = path if is_main_process() else None  # one of several processes writes
-        self.callbacks, self.rows = tuple(callbacks), []
-        self.stop_requested = False
+        self.callbacks, self.rows, self.stop_requested = tuple(callbacks), [], False
         self.tokens = 0  # targets seen from the start of the run to the last row
         self._clear()
 
@@ -52,16 +58,13 @@ class MetricsLogger:
 
     def add(self, output, seconds: float) -> None:
         "Count a step, a `StepOutput`; `seconds` without evaluating and saving."
-        self.last = output
-        self.seconds, self.n_targets = self.seconds + seconds, self.n_targets + output.n_valid
+        self.last, self.seconds = output, self.seconds + seconds
+        self.n_targets = self.n_targets + output.n_valid
         for name, (total, count) in ({"loss": output.loss} | output.metrics).items():
             have = self.sums.setdefault(name, [0.0, 0])
             have[0], have[1] = have[0] + total, have[1] + count
-        for on_step in self._methods("on_step"):
+        for on_step in _methods(self.callbacks, "on_step"):
             on_step(output, seconds)
-
-    def _methods(self, name: str) -> list[Callable]:
-        return [getattr(c, name) for c in self.callbacks if hasattr(c, name)]
 
     def read(self) -> dict[str, list]:
         "The sums as Python numbers: here the host waits for the device."
@@ -80,7 +83,7 @@ class MetricsLogger:
             "grad_norm": norm if math.isfinite(norm) else None,
             "tokens": self.tokens, "tokens_per_s": n_targets / max(seconds, 1e-9),
         } | means | more
-        for measure in self._methods("measure"):
+        for measure in _methods(self.callbacks, "measure"):
             row |= measure(row, seconds)
         self._clear()
         self.rows.append(row)
@@ -95,9 +98,5 @@ class MetricsLogger:
 
     def load_state_dict(self, state: dict) -> None:
         self._clear()
-        self.tokens = state["tokens"]
-        self.sums = {name: list(pair) for name, pair in state["sums"].items()}
-
-
-def _number(value: Tensor | float) -> float:
-    return value.item() if torch.is_tensor(value) else value
+        self.tokens, sums = state["tokens"], state["sums"]
+        self.sums = {name: list(pair) for name, pair in sums.items()}

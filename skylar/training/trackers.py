@@ -80,7 +80,7 @@ class Trackio:
     def close(self) -> None:
         self.run.finish()
 
-
+# %% ../../nbs/library/trackers.ipynb #ca222e88
 def run_id(folder: Path) -> str:
     "Eight characters that name a run in every tracker: kept in its folder."
     path = folder / "id.json"

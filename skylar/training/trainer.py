@@ -149,7 +149,6 @@ class TrainStep:
         self.objective, self.config, self.schedule = objective, config, schedule
         self.device = local_device(pick_device(config.device))
         self.dtype = pick_dtype(config.dtype, self.device)
-        allow_tf32(self.device, config.dtype)
         share = parallel.apply if parallel is not None else SingleProcess
         self.parallel = share(objective, self.device, config.seed)
         self.ranks, forward = self.parallel.ranks, self.parallel.forward
@@ -279,6 +278,7 @@ def asked_to_stop(stop: StopSignals, metrics: MetricsLogger) -> bool:
 def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) -> None:
     "Step, log, save, until the run is done, a signal came, or a callback asked to stop."
     train_step, progress, metrics = trainer.train_step, trainer.progress, trainer.metrics
+    allow_tf32(train_step.device, trainer.config.dtype)
     progress.start()
     batches = checked_batches(trainer.loader, train_step)
     metrics.stop_requested = False

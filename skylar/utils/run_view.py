@@ -86,7 +86,7 @@ def memory_grows(rows: list[dict]) -> str | None:
                 f"{values[-1] / 1e9:.2f} GB in {len(values)} rows")
     return None
 
-
+# %% ../../nbs/library/run_view.ipynb #80b1d1d0
 def norm_spike(rows: list[dict]) -> str | None:
     points = series(rows, "grad_norm")
     before = [v for _, v in points[-25:-RECENT]]
@@ -126,7 +126,18 @@ def symptoms(rows: list[dict]) -> list[str]:
 # %% ../../nbs/library/run_view.ipynb #e28b37c2
 PATIENCE, LEAST = 5, 60.0  # silence: so many usual intervals, and at least so many seconds
 
+def _seconds_left(view) -> float | None:
+    points = series(view.rows[-50:], "seconds")
+    if len(points) < 2:
+        return None
+    (step, start), (newest, end) = points[0], points[-1]
+    if newest <= step or end <= start:
+        return None
+    by_steps = (view.steps - newest) * (end - start) / (newest - step)
+    by_time = 60 * view.minutes - end if view.minutes else math.inf
+    return max(0.0, min(by_steps, by_time))
 
+# %% ../../nbs/library/run_view.ipynb #febe3766
 @dataclass(frozen=True, kw_only=True)
 class RunView:
     "What a run folder shows; any part may be missing."
@@ -163,16 +174,7 @@ class RunView:
     @property
     def seconds_left(self) -> float | None:
         "An estimate from the newest 50 rows, so that a pause long ago does not count."
-        recent, done = self.rows[-50:], self.done
-        points = series(recent, "seconds")
-        if self.finished or not done or len(points) < 2 or not self.steps:
-            return None
-        (step, start), (newest, end) = points[0], points[-1]
-        if newest <= step or end <= start:
-            return None
-        by_steps = (self.steps - newest) * (end - start) / (newest - step)
-        by_time = 60 * self.minutes - end if self.minutes else math.inf
-        return max(0.0, min(by_steps, by_time))
+        return None if self.finished or not self.steps else _seconds_left(self)
 
     @property
     def silent(self) -> bool:
@@ -240,10 +242,11 @@ def read_run(
     steps = _number(train.get("steps")) or _number(length.get("steps"))
     progress = state.get("progress") or {}
     age = time.time() - reader.path.stat().st_mtime if reader.path.exists() else None
-    ended = bool(progress.get("finished")) and rows and rows[-1]["step"] <= progress.get("step", 0)
+    saved = _number(progress.get("step")) or 0
+    ended = bool(progress.get("finished")) and rows and rows[-1]["step"] <= saved
     return RunView(
         folder=folder, rows=rows, steps=None if steps is None else int(steps), age=age,
         minutes=_number(train.get("minutes")) or _number(length.get("minutes")),
         checkpoint=checkpoint, damaged=reader.damaged,
-        finished=bool(ended) and (steps is None or progress.get("step", 0) >= steps
-                                  or bool(train.get("minutes"))))
+        finished=bool(ended) and (
+            steps is None or saved >= steps or bool(train.get("minutes"))))
