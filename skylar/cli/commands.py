@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import __version__
+from .plan import DEFAULTS as PLAN_DEFAULTS
+from .plan import plan
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
@@ -550,6 +552,7 @@ COMMANDS = {
     "data verify": data_verify,
     "tokenizer train": tokenizer_train,
     "presets": presets,
+    "plan": plan,
     "pretrain": pretrain,
     "generate": generate,
     "eval": evaluate,
@@ -570,8 +573,9 @@ def command_parser(name: str) -> Parser:
     lesson = (lesson_list, lesson_start, lesson_check)
     if function not in (demo, completion, *lesson):  # these have nothing to configure
         parser.add_config_flags()
-    if function is pretrain:
+    if function in (pretrain, plan):
         add_run_flags(parser)
+    if function is pretrain:
         return parser
     add_flags(parser, read_parameters("skylar.cli.commands", function.__name__))
     if function is data_tokenize:
@@ -623,8 +627,14 @@ def run_command(words: list[str]) -> int:
     if words == ["--version"]:
         return print(f"skylar {__version__}") or 0
     name, rest = find_command(words)
-    settings = command_parser(name).parse_words(rest)
+    parser = command_parser(name)
+    if COMMANDS[name] is plan:
+        given = any(word.partition("=")[0] == "--config" for word in rest)
+        parser.set_nested_defaults({"data": "-"} if given else PLAN_DEFAULTS)
+    settings = parser.parse_words(rest)
     files = settings.pop("config", None)
+    if COMMANDS[name] is plan:
+        settings["config"] = files
     if COMMANDS[name] is pretrain:
         return pretrain(run_config(settings, files))
     parameters = inspect.signature(COMMANDS[name]).parameters.values()
