@@ -12,7 +12,7 @@ import re
 import yaml
 from common import ROOT, record
 
-from skylar.training.plan import make_plan, plan_row, verdict
+from skylar.training.plan import Plan, plan_row, predict, verdict
 from skylar.training.run import RunConfig, build_config
 
 
@@ -31,9 +31,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry", action="store_true", help="one recipe, no file")
     dry = parser.parse_args().dry
-    rows = []
-    for name, config, gpus, gpu in recipes()[:1] if dry else recipes():
-        plan = make_plan(config, gpus, gpu)
+    rows, chosen = [], recipes()[:1] if dry else recipes()
+    memories = predict([(config, gpus) for _, config, gpus, _ in chosen])
+    for (name, config, gpus, gpu), memory in zip(chosen, memories):
+        plan = Plan(config=config, gpus=gpus, gpu=gpu, memory=memory)
         tokens = (config.loader.batch_size * config.loader.seq_len
                   * config.train.grad_accum_steps * config.train.steps)
         rows.append({"recipe": name, **plan_row(plan, tokens=tokens), "verdict": verdict(plan),

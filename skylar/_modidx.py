@@ -1777,7 +1777,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'skylar.training.plan.batches': ('library/plans.html#batches', 'skylar/training/plan.py'),
                                       'skylar.training.plan.build_step': ('library/plans.html#build_step', 'skylar/training/plan.py'),
                                       'skylar.training.plan.candidates': ('library/plans.html#candidates', 'skylar/training/plan.py'),
-                                      'skylar.training.plan.default_run': ('library/plans.html#default_run', 'skylar/training/plan.py'),
                                       'skylar.training.plan.fake_job': ('library/plans.html#fake_job', 'skylar/training/plan.py'),
                                       'skylar.training.plan.find_plan': ('library/plans.html#find_plan', 'skylar/training/plan.py'),
                                       'skylar.training.plan.fit_scaling_law': ( '01_gqa_rope/planning.html#fit_scaling_law',
