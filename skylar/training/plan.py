@@ -95,7 +95,7 @@ def _history(self) -> Iterator[tuple[str, Counter]]:
         sizes[number] = size
         yield phases[-1][1], totals
 
-# %% ../../nbs/01_gqa_rope/18_planning.ipynb #2eb2fc0d
+
 def _summary(self) -> dict:
     "Bytes by kind: `sizes`, each at its largest; `phases`, at the worst moment of each."
     sizes, worst, phases = Counter(), {}, {}
