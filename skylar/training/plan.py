@@ -27,7 +27,7 @@ class MemoryLedger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.events = {}, []  # storage -> number; (number, bytes from now on)
+        self.live, self.events = {}, []  # storage -> number; (number, bytes now)
         self.kinds, self.phases = {}, [(0, "build")]  # of numbers; since which event
         self.numbers, self.paused = itertools.count(), False
 
@@ -70,11 +70,12 @@ def _resized(self, storage) -> None:
 def _label(self, kind: str, tensors) -> None:
     "Say what tensors are; the first label stays."
     for x in tensors:
-        self.kinds.setdefault(self.see(x.to_local() if isinstance(x, DTensor) else x), kind)
+        x = x.to_local() if isinstance(x, DTensor) else x
+        self.kinds.setdefault(self.see(x), kind)
 
 
 def _begin(self, phase: str) -> None:
-    "A phase begins; what the forward pass has left for the backward pass is activations."
+    "A phase begins; what is left when the backward pass begins is activations."
     self.phases.append((len(self.events), phase))
     if phase == "backward":
         for number in self.live.values():
@@ -97,7 +98,7 @@ def _history(self) -> Iterator[tuple[str, Counter]]:
 
 
 def _summary(self) -> dict:
-    "Bytes by kind: `sizes`, each at its largest; `phases`, at the worst moment of each."
+    "Bytes by kind: `sizes`, each at its largest; `phases`, each at its peak."
     sizes, worst, phases = Counter(), {}, {}
     for phase, totals in self.history():
         for kind, size in totals.items():
@@ -161,10 +162,11 @@ class ScalingLaw:
 def _best_on_grid(N, D, L, alphas, betas) -> tuple[float, ScalingLaw]:
     "Where the exponents are given, E, A and B are a linear least-squares problem."
     a, b = (grid.flatten() for grid in np.meshgrid(alphas, betas, indexing="ij"))
-    columns = np.stack([np.ones((len(a), len(N))), N ** -a[:, None], D ** -b[:, None]], -1)
+    ones = np.ones((len(a), len(N)))
+    columns = np.stack([ones, N ** -a[:, None], D ** -b[:, None]], -1)
     columns = columns / L[:, None]  # relative errors
     scale = columns.max(1, keepdims=True)
-    x = np.linalg.pinv(columns / scale, rcond=1e-9).sum(-1)  # the target is 1 everywhere
+    x = np.linalg.pinv(columns / scale, rcond=1e-9).sum(-1)  # the target is 1
     error = ((columns / scale @ x[..., None])[..., 0] - 1) ** 2
     error = np.where((x >= 0).all(-1), error.sum(-1), np.inf)
     best = int(error.argmin())
@@ -184,7 +186,7 @@ def fit_scaling_law(
     for _ in range(4):
         error, law = _best_on_grid(N / N0, D / D0, L, alphas, betas)
         if not np.isfinite(error):
-            raise ValueError("no law of this form fits: losses must fall with both N and D")
+            raise ValueError("no law of this form fits: losses must fall with N and D")
         step = alphas[1] - alphas[0], betas[1] - betas[0]
         alphas, betas = (np.linspace(max(x - d, 0.01), x + d, 13)
                          for x, d in zip((law.alpha, law.beta), step))
