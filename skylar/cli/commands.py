@@ -24,6 +24,8 @@ from typing import Any, Literal
 
 from .. import __version__
 from .lr_range import lr_range
+from .plan import DEFAULTS as PLAN_DEFAULTS
+from .plan import plan
 from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
@@ -555,6 +557,7 @@ COMMANDS = {
     "data verify": data_verify,
     "tokenizer train": tokenizer_train,
     "presets": presets,
+    "plan": plan,
     "pretrain": pretrain,
     "lr-range": lr_range,
     "sweep": sweep,
@@ -578,8 +581,9 @@ def command_parser(name: str) -> Parser:
     lesson = (lesson_list, lesson_start, lesson_check)
     if function not in (demo, completion, *lesson):  # these have nothing to configure
         parser.add_config_flags()
-    if function is pretrain:
+    if function in (pretrain, plan):
         add_run_flags(parser)
+    if function is pretrain:
         return parser
     add_flags(parser, read_parameters("skylar.cli.commands", function.__name__))
     if function is data_tokenize:
@@ -633,8 +637,14 @@ def run_command(words: list[str]) -> int:
     if words == ["--version"]:
         return print(f"skylar {__version__}") or 0
     name, rest = find_command(words)
-    settings = command_parser(name).parse_words(rest)
+    parser = command_parser(name)
+    if COMMANDS[name] is plan:
+        given = any(word.partition("=")[0] == "--config" for word in rest)
+        parser.set_nested_defaults({"data": "-"} if given else PLAN_DEFAULTS)
+    settings = parser.parse_words(rest)
     files = settings.pop("config", None)
+    if COMMANDS[name] is plan:
+        settings["config"] = files
     if COMMANDS[name] is pretrain:
         return pretrain(run_config(settings, files))
     parameters = inspect.signature(COMMANDS[name]).parameters.values()

@@ -54,7 +54,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     "Matrix products in `dtype`; weights, softmax, losses and sums stay float32."
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32)
+    # without its cache, which would keep a bf16 copy of every weight for a whole forward pass
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype != torch.float32,
+                          cache_enabled=False)
 
 
 def allow_tf32(device: torch.device, name: str) -> None:
