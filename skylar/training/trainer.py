@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -74,6 +75,10 @@ class TrainConfig:
     eval_batches: int = 20  # batches an evaluation
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # newest checkpoints to keep; 0: all
+    keep_best: int = 0  # and so many with the best evaluation; `best` names the first
+    best_metric: str = "val_loss"  # that decides, a number of the rows of evaluation
+    best_mode: str = "min"  # min: the lowest is best; max: the highest
+    async_save: bool = False  # write checkpoints in the background
     max_nonfinite_steps: int = 5  # stop after so many NaN or infinite steps in a row
     seed: int = 42  # of dropout and the like
 
@@ -82,13 +87,14 @@ class TrainConfig:
                   log_every=self.log_every, eval_batches=self.eval_batches,
                   max_nonfinite_steps=self.max_nonfinite_steps)
         check_int(0, eval_every=self.eval_every, save_every=self.save_every,
-                  keep_last=self.keep_last, seed=self.seed)
+                  keep_last=self.keep_last, keep_best=self.keep_best, seed=self.seed)
         if not 0 <= self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: give 0 (no clipping) "
                              "or a number above 0")
         if self.minutes is not None:
             check_positive(minutes=self.minutes)
         check_choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        check_choice("best_mode", self.best_mode, ("min", "max"))
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c047
 class StepOutput(NamedTuple):
@@ -276,8 +282,8 @@ def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) ->
         progress.advance()
         report.step(progress.step, progress.done)
         trainer.log(report)
-        if trainer.checkpoints and progress.due(trainer.config.save_every):
-            trainer.checkpoints.save()
+        if trainer.checkpoints:
+            trainer.checkpoints.after_step()
     progress.stop()
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #061f1fa9
@@ -315,7 +321,8 @@ class Trainer:
 
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
-        with StopSignals() as stop, ProgressReporter(self.quiet) as report:
+        saving = self.checkpoints or nullcontext()  # waits for what is being written
+        with StopSignals() as stop, ProgressReporter(self.quiet) as report, saving:
             if self.progress.step == 0:  # called again it goes on in memory
                 seed_everything(self.config.seed + self.train_step.ranks.rank)
                 if self.checkpoints:
