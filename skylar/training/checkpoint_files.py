@@ -203,7 +203,8 @@ def read_verified(folder: Path, name: str) -> dict:
     digest = row[1] if isinstance(row, list) and len(row) == 2 else None
     path = folder / name
     if not path.is_file() or sha256_file(path) != digest:
-        raise ValueError(f"{path} is damaged: its content has changed; {REMEDY}")
+        raise ValueError(f"{path} is damaged: its content has changed since "
+                         f"manifest.json was written; {REMEDY}")
     return read_json(path)
 
 # %% ../../nbs/library/checkpoint_files.ipynb #4fd53728
