@@ -1,7 +1,7 @@
 """Kill training runs at random moments and damage their files: what is lost, what is noticed?
 
 `kills`: `skylar pretrain` runs in a child process that gets SIGKILL after a seeded random time,
-between its start and its end; checkpoints are written every second step, in half of the trials in
+between its start and its end (four of five after its first third: it trains then); checkpoints are written every second step, in half of the trials in
 the background. Then `latest` is verified, and the same command with --resume runs to the end.
 Weights, moments, random states, loader position and metrics must be those of the run that nobody
 disturbed. A trial may kill the resumed run as well.
@@ -116,7 +116,8 @@ def content(out: Path) -> str:
         dcp.load(tensors, storage_reader=SafeReader(folder / "tensors"), no_dist=True)
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        found.update(name.encode() + raw.numpy().tobytes())
     state = load_state(folder)
     state["extra"]["progress"].pop("seconds")
     rows = [{k: v for k, v in row.items() if k != "tokens_per_s"}
@@ -181,7 +182,8 @@ def kill_trial(home: Path, number: int, chance: random.Random, seconds: dict, wh
     out, background = home / f"run-{number}", bool(number % 2)
     row = {"trial": number, "background": background, "kills": []}
     for again in range(1 + (chance.random() < 0.25)):
-        delay = chance.uniform(0, seconds[background])
+        early = 0.0 if chance.random() < 0.2 else 0.3  # most of them once it trains
+        delay = seconds[background] * chance.uniform(early, 1.0)
         hit = killed_once(home, out, background, delay, resume=bool(again))
         try:
             step = opened_whole(out)

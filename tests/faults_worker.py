@@ -2,20 +2,21 @@
 
 `python faults_worker.py resize OUT`: one stage of a run on several numbers of processes, under
 torchrun; the documents that each rank reads go to OUT/read-STAGE-RANK.json.
+
+`python faults_worker.py elastic WORDS`: `skylar WORDS` with a rank that gets killed once.
 """
 
 import hashlib
 import json
 import os
-import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from skylar.cli import main as skylar
 from skylar.data.loader import PackedLoader
 from skylar.data.shards import ShardDataset
 from skylar.models.decoder import CausalLM
@@ -25,8 +26,8 @@ from skylar.training.distributed import ParallelConfig
 from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
-from skylar.training.trainer import TrainConfig, Trainer
-from skylar.utils.processes import join_processes, leave_processes, rank_and_size
+from skylar.training.trainer import TrainConfig, Trainer, TrainStep
+from skylar.utils.processes import is_restarted, join_processes, leave_processes, rank_and_size
 
 V, T, DOCUMENTS = 64, 8, 48
 
@@ -121,6 +122,19 @@ def resize(out: Path) -> None:
     leave_processes()
 
 
+def elastic(words: list[str]) -> int:
+    "`skylar WORDS`; at the first start, rank 1 kills itself before its ninth step."
+    step_of = TrainStep.__call__
+
+    def killing(self, batches, step, time_done=0.0):
+        if step == 8 and rank_and_size()[0] == 1 and not is_restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of(self, batches, step, time_done)
+
+    TrainStep.__call__ = killing
+    return skylar(words)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"resize": resize}[sys.argv[1]](Path(sys.argv[2]))
+    sys.exit(elastic(sys.argv[2:]) if sys.argv[1] == "elastic" else resize(Path(sys.argv[2])))

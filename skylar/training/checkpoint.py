@@ -207,10 +207,13 @@ def check_length(saved: dict, given: dict, path: Path, extend: bool) -> None:
             raise ValueError(f"{path} has {key} {was}, now it is {given[key]}: {how}")
 
 
-def check_nothing_lost(path: Path, rows: list[dict], save_every: int) -> None:
-    "Metrics that go beyond the first save, and no checkpoint: something is missing."
+def check_nothing_lost(path: Path, rows: list[dict], save_every: int,
+                       background: bool = False) -> None:
+    """Metrics that go beyond the first save, and no checkpoint: something is missing.
+
+    `background`: the first save may last until the second one is due."""
     last = rows[-1]["step"] if rows else 0
-    if 0 < save_every < last:
+    if 0 < save_every * (1 + background) < last:
         raise ValueError(f"{path} goes to step {last}, but its checkpoints are gone; put "
                          "them back, or delete it to begin again")
 
@@ -275,7 +278,8 @@ class CheckpointManager:
             self.load(found, extend)
             say(f"resumed at step {self.saved_step}")
         elif resume:
-            check_nothing_lost(self.path, rows, self.trainer.config.save_every)
+            config = self.trainer.config
+            check_nothing_lost(self.path, rows, config.save_every, config.async_save)
             say(f"no checkpoint in {self.folder.parent}: starting at step 0")
         on_main(cut_metrics, self.path, self.saved_step)
         self.trainer.metrics.rows = read_metrics(self.path)
