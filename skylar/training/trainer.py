@@ -78,7 +78,7 @@ class TrainConfig:
     keep_best: int = 0  # and so many with the best evaluation; `best` names the first
     best_metric: str = "val_loss"  # that decides, a number of the rows of evaluation
     best_mode: str = "min"  # min: the lowest is best; max: the highest
-    async_save: bool = False  # write checkpoints in the background
+    async_save: bool = True  # write checkpoints in the background, from copies
     max_nonfinite_steps: int = 5  # stop after so many NaN or infinite steps in a row
     seed: int = 42  # of dropout and the like
 
