@@ -50,6 +50,7 @@ from skylar.training.checkpoint_files import (
 )
 from skylar.training.metrics import read_metrics
 
+WORDS_OF_CHILD = Path(tempfile.mkstemp(prefix="skylar-child-")[1])
 WORDS = "the king said that a summer day is long and love is short but night comes soon".split()
 SMALL = {"model.d_model": 64, "model.d_head": 16, "model.n_layers": 2, "model.d_ff": 128,
          "model.max_seq_len": 64, "loader.seq_len": 32, "loader.batch_size": 4,
@@ -58,22 +59,29 @@ SMALL = {"model.d_model": 64, "model.d_head": 16, "model.n_layers": 2, "model.d_
          "train.grad_accum_steps": 2, "train.dtype": "float32", "optimizer.lr": 0.003}
 
 
-def forked(function, *args, quiet: bool = True) -> int:
-    "The process id of a child that runs `function(*args)` and leaves with what it returns."
+def forked(function, *args) -> int:
+    """The process id of a child that runs `function(*args)` and leaves with what it returns.
+
+    What it prints goes to a file; `last_words` reads it."""
     sys.stdout.flush()
     if pid := os.fork():
         return pid
     code = 99
     try:
-        if quiet:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1), os.dup2(null, 2)
+        words = os.open(WORDS_OF_CHILD, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(words, 1), os.dup2(words, 2)
         torch.set_num_threads(1)
         code = function(*args) or 0
     except BaseException:  # a child must never go on as its parent
         traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def last_words() -> str:
+    "The end of what the last child has printed."
+    return WORDS_OF_CHILD.read_text(errors="replace")[-1500:]
 
 
 def result(pid: int) -> int:
@@ -132,7 +140,7 @@ def write_content(out: Path) -> int:
 
 
 def content_in_child(out: Path) -> str:
-    assert result(forked(write_content, out, quiet=False)) == 0
+    assert result(forked(write_content, out)) == 0, last_words()
     text = (out / "content").read_text()
     (out / "content").unlink()
     return text
@@ -196,6 +204,8 @@ def kill_trial(home: Path, number: int, chance: random.Random, seconds: dict, wh
     row["ok"] = bool(row["same"])
     if row["ok"]:
         shutil.rmtree(out)
+    else:
+        row["error"] = last_words()
     return row
 
 
@@ -205,7 +215,7 @@ def kills(home: Path, n: int, seed: int) -> list[dict]:
         times = []
         for attempt in range(3):
             out, start = home / f"whole-{background}-{attempt}", time.monotonic()
-            assert result(forked(pretrain, home, out, background)) == 0
+            assert result(forked(pretrain, home, out, background)) == 0, last_words()
             times.append(time.monotonic() - start)
             preload(home / "modules")
         whole[background], seconds[background] = content_in_child(out), min(times)
@@ -300,13 +310,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="skylar-faults-") as name:
         home = Path(name).resolve()
         assert result(forked(make_data, home)) == 0
-        killed, damaged = kills(home, args.kills, args.seed), []
-        if args.damages:
-            damaged = damages(home, args.damages, args.seed)
-    hits = [k for row in killed for k in row["kills"] if k["killed"]] if killed else []
+        killed = kills(home, args.kills, args.seed)
+        damaged = damages(home, args.damages, args.seed)
+    WORDS_OF_CHILD.unlink()
+    hits = [k for row in killed for k in row["kills"] if k["killed"]]
     outcomes = collections.Counter(row["outcome"].split(":")[0] for row in damaged)
     summary = {"kills": len(hits), "resumed_the_same": sum(row["ok"] for row in killed),
-               "trials": len(killed), "while": collections.Counter(k["while"] for k in hits),
+               "trials": len(killed), "in_the_background": sum(r["background"] for r in killed),
+               "while": collections.Counter(k["while"] for k in hits),
                "damages": len(damaged), "damage_outcomes": outcomes}
     print(json.dumps(summary))
     write("faults", killed, args.folder, summary=summary, damages=collections.Counter(
