@@ -31,7 +31,7 @@ TARGET = 0.02  # of the wall-clock, at one save a minute
 PRESETS = {"test": (2, 128, 2.5), "small": (1, 64, 6.0)}  # batch, length, seconds a window
 
 
-class Window:
+class Measurement:
     "The same number of steps, timed, with or without a save at its begin."
 
     def __init__(self, preset: str, folder: str):
@@ -73,7 +73,7 @@ class Window:
 
 def measure(preset: str, rounds: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
-        window = Window(preset, folder)
+        window = Measurement(preset, folder)
         window.run("sync"), window.run("async")  # files and buffers exist from here on
         found: dict[str, list] = {"sync": [], "async": []}
         for _ in range(rounds):

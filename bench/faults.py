@@ -1,10 +1,10 @@
 """Kill training runs at random moments and damage their files: what is lost, what is noticed?
 
 `kills`: `skylar pretrain` runs in a child process that gets SIGKILL after a seeded random time,
-between its start and its end (four of five after its first third: it trains then); checkpoints are written every second step, in half of the trials in
-the background. Then `latest` is verified, and the same command with --resume runs to the end.
-Weights, moments, random states, loader position and metrics must be those of the run that nobody
-disturbed. A trial may kill the resumed run as well.
+between its start and its end (four of five after its first third: it trains then); checkpoints are
+written every second step, in half of the trials in the background. Then `latest` is verified, and
+the same command with --resume runs to the end. Weights, moments, random states, loader position
+and metrics must be those of the run that nobody disturbed. Some resumed runs are killed as well.
 
 `damages`: one file of a run folder or of its data is cut short, deleted, or gets one flipped bit.
 Opening it must fail with one line that names the file; what opens anyway must be the very same

@@ -22,13 +22,13 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 def host_buffer(tensor: Tensor) -> Tensor:
-    "Host memory for a copy of `tensor`; page-locked for a GPU, which copies faster there."
+    "Host memory for a copy of `tensor`; page-locked for a GPU: copies are faster."
     if isinstance(tensor, DTensor):
         return tensor.to("cpu", copy=True)
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
 
 def copy_to_host(tensors: dict[str, Tensor], buffers: dict) -> dict[str, Tensor]:
-    "Copies that no later update changes; `buffers` keeps their memory for the next time."
+    "Copies that no later update changes; `buffers` keeps their memory for next time."
     for name, tensor in tensors.items():
         if name not in buffers or buffers[name].shape != tensor.shape:
             buffers[name] = host_buffer(tensor)
@@ -62,7 +62,7 @@ class BackgroundSaver:
         return done and self.pending.exception() is not None
 
     def wait(self, quietly: bool = False) -> None:
-        "Until nothing is being written; raises the error of the save, unless `quietly`."
+        "Until nothing is being written; raises the save's error, unless `quietly`."
         if self.pending is not None:
             error, self.pending = self.pending.exception(), None
             if error is not None and not quietly:

@@ -10,14 +10,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .checkpoint import CheckpointManager, seed_everything
+from .checkpoint import CheckpointManager, finish_saves
+from .checkpoint import save_due, seed_everything
 from .evaluate import evaluate
 from .metrics import MetricsLogger
 from .objective import check_contract, check_objective, check_output
@@ -283,7 +283,7 @@ def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) ->
         report.step(progress.step, progress.done)
         trainer.log(report)
         if trainer.checkpoints:
-            trainer.checkpoints.after_step()
+            save_due(trainer.checkpoints)
     progress.stop()
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #061f1fa9
@@ -321,7 +321,7 @@ class Trainer:
 
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
-        saving = self.checkpoints or nullcontext()  # waits for what is being written
+        saving = finish_saves(self.checkpoints)  # waits for what is being written
         with StopSignals() as stop, ProgressReporter(self.quiet) as report, saving:
             if self.progress.step == 0:  # called again it goes on in memory
                 seed_everything(self.config.seed + self.train_step.ranks.rank)
