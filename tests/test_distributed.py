@@ -18,9 +18,9 @@ from skylar.utils.processes import Ranks, place
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-def torchrun(n: int, *command, check: bool = True) -> subprocess.CompletedProcess:
+def torchrun(n: int, *command, check: bool = True, options=()) -> subprocess.CompletedProcess:
     "`command` in `n` processes that know each other; alone without torchrun."
-    start = [] if n == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={n}",
+    start = [] if n == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={n}", *options,
                                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run([sys.executable, *start, *map(str, command)], text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -107,19 +107,24 @@ def test_what_does_not_divide_is_refused():
 STEPS = ["--train.steps", "12", "--train.save_every", "6"]
 
 
-def pretrain(n: int, folder: Path, *flags, check: bool = True) -> subprocess.CompletedProcess:
-    "`skylar pretrain` of a tiny model in `folder`, in `n` processes."
-    text = folder.parent / "text.txt"
+def pretrain_words(folder: Path, home: Path) -> list[str]:
+    "The words after `skylar` that train a tiny model in `folder`, on data in `home`."
+    text = home / "text.txt"
     if not text.exists():
         words = ["the", "king", "queen", "of", "night", "and", "day", "who", "comes", "here"]
         documents = (" ".join(words[i * j % 10] for j in range(1, 60)) for i in range(200))
         text.write_text("\n\n".join(documents))
-    return torchrun(
-        n, "-m", "skylar", "pretrain", "--data", folder.parent / "data", "--corpus.source", text,
-        "--corpus.vocab_size", "270", "--out", folder, "--model.n_layers", "1",
-        "--loader.seq_len", "16", "--loader.batch_size", "12", "--train.dtype", "float32",
-        "--train.log_every", "3", "--train.eval_every", "6", "--optimizer.lr", "1e-3", *STEPS,
-        *flags, check=check)
+    return ["pretrain", "--data", str(home / "data"), "--corpus.source", str(text),
+            "--corpus.vocab_size", "270", "--out", str(folder), "--model.n_layers", "1",
+            "--loader.seq_len", "16", "--loader.batch_size", "12", "--train.dtype", "float32",
+            "--train.log_every", "3", "--train.eval_every", "6", "--optimizer.lr", "1e-3", *STEPS]
+
+
+def pretrain(n: int, folder: Path, *flags, start=("-m", "skylar"), options=(),
+             check: bool = True) -> subprocess.CompletedProcess:
+    "`skylar pretrain` of a tiny model in `folder`, in `n` processes."
+    words = pretrain_words(folder, folder.parent)
+    return torchrun(n, *start, *words, *flags, check=check, options=options)
 
 
 def numbers(folder: Path) -> list[dict]:

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['INDEX_CLASSES', 'REMEDY', 'TENSOR_OVERHEAD', 'IndexUnpickler', 'SafeReader', 'named_tensors', 'named_moments',
-           'unwrap_dcp_errors', 'root_cause', 'write_tensors', 'read_tensors', 'empty_moments', 'check_shapes',
-           'verify_checkpoint', 'read_verified', 'list_checkpoints', 'next_save_number', 'remove_old',
-           'find_checkpoint', 'follow', 'load_metadata', 'load_state', 'temporary_folder', 'checkpoint_bytes',
-           'stored_bytes']
+           'unwrap_dcp_errors', 'root_cause', 'checkpoint_tensors', 'write_named_tensors', 'write_tensors',
+           'read_tensors', 'empty_moments', 'check_shapes', 'verify_checkpoint', 'read_verified', 'list_checkpoints',
+           'next_save_number', 'remove_old', 'find_checkpoint', 'is_pointer', 'follow', 'load_metadata', 'load_state',
+           'temporary_folder', 'checkpoint_bytes', 'stored_bytes']
 
 # %% ../../nbs/library/checkpoint_files.ipynb #4c8efeae
 import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Collection
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -107,15 +108,28 @@ def root_cause(error: BaseException) -> BaseException:
 def _is_alone() -> bool:
     return rank_and_size()[1] == 1
 
-def write_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
-    "A DCP folder: each rank writes its part, and any number of ranks can read it."
+def checkpoint_tensors(
+    model: nn.Module, optimizer=None, objective=None
+) -> dict[str, Tensor]:
+    "Every tensor of a checkpoint by its name on disk; the tensors themselves, not copies."
     names = named_tensors(model, objective)
     state = {name: tensor.detach() for name, tensor in names.items()}
     if optimizer is not None:
         state |= named_moments(names, optimizer)
     assert all(isinstance(t, Tensor) for t in state.values()), "tensors only"
+    return state
+
+def write_named_tensors(path: Path, tensors: dict[str, Tensor], group=None) -> None:
+    """A DCP folder: each rank writes its part, and any number of ranks can read it.
+
+    `group`: of the processes, for a background thread; None: the default group."""
     with unwrap_dcp_errors():
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=_is_alone())
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path), process_group=group,
+                 no_dist=_is_alone())
+
+def write_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
+    "The tensors of a model, its optimizer and its objective as they are now."
+    write_named_tensors(path, checkpoint_tensors(model, optimizer, objective))
 
 # %% ../../nbs/library/checkpoint_files.ipynb #82e4ddc3
 def read_tensors(path: Path, model: nn.Module, optimizer=None, objective=None) -> None:
@@ -189,7 +203,8 @@ def read_verified(folder: Path, name: str) -> dict:
     digest = row[1] if isinstance(row, list) and len(row) == 2 else None
     path = folder / name
     if not path.is_file() or sha256_file(path) != digest:
-        raise ValueError(f"{path} is damaged: its content has changed; {REMEDY}")
+        raise ValueError(f"{path} is damaged: its content has changed since "
+                         f"manifest.json was written; {REMEDY}")
     return read_json(path)
 
 # %% ../../nbs/library/checkpoint_files.ipynb #4fd53728
@@ -211,20 +226,24 @@ def next_save_number(folder: Path) -> int:
     numbers = [read_json(path / "state.json").get("save_number", 0) for path in newest]
     return 1 + max(numbers, default=0)
 
-def remove_old(folder: Path, keep_last: int) -> None:
-    "Keep the newest `keep_last` checkpoints, and nothing that a crash left half-written."
+def remove_old(folder: Path, keep_last: int, keep: Collection[str] = ()) -> None:
+    """Keep the newest `keep_last` checkpoints and those named in `keep`, and nothing that a
+    crash left half-written."""
     left = [p for p in folder.glob(".tmp-step-*") if p.is_dir() and not p.is_symlink()]
     old = list_checkpoints(folder)[:-keep_last] if keep_last else []
-    for path in [*left, *old]:
+    for path in [*left, *(p for p in old if p.name not in keep)]:
         shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/library/checkpoint_files.ipynb #c541adb6
 def find_checkpoint(path: Path | str) -> Path:
     """The checkpoint meant by a run's folder, its `checkpoints` folder, or one step's.
 
-    That named by `latest`, or, if it is lost, the one saved last. `FileNotFoundError` if
-    there is none, `ValueError` if what is there cannot be read."""
+    That named by `latest`, or, if it is lost, the one saved last. A pointer file does,
+    too: `RUN/checkpoints/best`. `FileNotFoundError` if there is none, `ValueError` if what
+    is there cannot be read."""
     path = Path(path)
+    if is_pointer(path):
+        return follow(path)
     for folder in (path, path / "checkpoints"):
         if (folder / "latest").exists():
             return follow(folder / "latest")
@@ -237,8 +256,12 @@ def find_checkpoint(path: Path | str) -> Path:
         raise FileNotFoundError(f"no checkpoint in {path}; train there or correct the path")
     return path
 
+def is_pointer(path: Path | str) -> bool:
+    "True for a file `latest` or `best`, which holds the name of a checkpoint beside it."
+    return Path(path).name in ("latest", "best") and Path(path).is_file()
+
 def follow(pointer: Path) -> Path:
-    "The checkpoint that a `latest` names."
+    "The checkpoint that a `latest` or `best` names."
     try:
         name = pointer.read_bytes().decode().strip()
     except (OSError, UnicodeDecodeError):
@@ -248,7 +271,8 @@ def follow(pointer: Path) -> Path:
                          "to use the newest, or write a name such as step-000100 into it")
     found = pointer.with_name(name)
     if not found.is_dir():
-        raise ValueError(f"{pointer} names {found}, which is missing; {REMEDY}")
+        remedy = REMEDY.replace("`latest`", f"`{pointer.name}`")
+        raise ValueError(f"{pointer} names {found}, which is missing; {remedy}")
     return found
 
 def load_metadata(path: Path | str) -> dict:
@@ -261,13 +285,13 @@ def load_state(path: Path | str) -> dict:
 
 # %% ../../nbs/library/checkpoint_files.ipynb #676a9dae
 @contextmanager
-def temporary_folder(final: Path):
+def temporary_folder(final: Path, group=None):
     "An empty folder beside `final`, for what will be renamed to `final`; removed at the end."
     temporary = final.with_name(f".tmp-{final.name}")
     remove = partial(shutil.rmtree, temporary, ignore_errors=True)
     try:
-        on_main(remove)
-        on_main(partial(temporary.mkdir, parents=True))
+        on_main(remove, group=group)
+        on_main(partial(temporary.mkdir, parents=True), group=group)
         yield temporary
     except OSError as error:
         reason = error.strerror or str(error)

@@ -255,6 +255,8 @@ class Guard:
 
     def way_back(self, checkpoints) -> Path | None:
         "The newest checkpoint from before the first bad step, or None."
+        if checkpoints.saver:
+            checkpoints.saver.wait()  # what is being written now may be the one
         steps = [int(p.name.partition("-")[2]) for p in list_checkpoints(checkpoints.folder)]
         step = int(agree(max((s for s in steps if s < self.failed_at), default=-1))[0])
         return checkpoints.folder / f"step-{step:06d}" if step >= 0 else None

@@ -38,6 +38,7 @@ from ..models.hub import eos_token_ids, from_pretrained, load_tokenizer
 from ..models.presets import config_from_dict, config_to_dict, get_config
 from .checkpoint import checkpoint_bytes, find_checkpoint, load_metadata
 from .checkpoint import load_state, load_weights
+from .checkpoint_files import is_pointer
 from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .guard import GuardConfig
@@ -53,8 +54,8 @@ from .upload import Uploader, download_run
 from ..utils.checks import check_int, check_positive, nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
-from ..utils.processes import is_main_process, join_processes, local_device
-from ..utils.processes import on_main, rank_and_size
+from ..utils.processes import is_main_process, is_restarted, join_processes
+from ..utils.processes import local_device, on_main, rank_and_size
 from ..utils.remote import RemoteFolder, is_remote
 
 # %% ../../nbs/library/runs.ipynb #c004
@@ -211,6 +212,7 @@ def check_vocabulary(model: int, tokenizer: int, folder: str) -> None:
 def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
     "Refuse a disk that cannot hold the checkpoints, of `checkpoint` bytes each."
     keep = train.keep_last or train.steps // (train.save_every or train.steps)
+    keep += train.keep_best
     own = (out / "checkpoints").rglob("*")
     need = checkpoint * (keep + 1) - sum(p.stat().st_size for p in own if p.is_file())
     there = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
@@ -222,8 +224,8 @@ def check_space(out: Path, checkpoint: int, train: TrainConfig) -> None:
 # %% ../../nbs/library/runs.ipynb #c012
 # not part of the experiment: paths (the data have a fingerprint), where it computes
 FREE = ("data", "out", "init", "resume", "extend_to", "minutes", "corpus", "loader.prefetch",
-        "train.device", "parallel", "upload", "stream", "sample", "monitor",
-        "guard.rollback", "guard.max_nonfinite_steps")
+        "train.device", "train.async_save", "parallel", "upload", "stream", "sample",
+        "monitor", "guard.rollback", "guard.max_nonfinite_steps")
 
 
 def stored(config: RunConfig) -> dict:
@@ -361,7 +363,10 @@ class Run:
 # %% ../../nbs/library/runs.ipynb #c026
 def prepare_run(config: RunConfig) -> Run:
     """Check everything, cheapest first. Data that is missing is made, if a corpus is
-    named. Raises `ValueError` or `OSError`, before anything is trained or written."""
+    named. Raises `ValueError` or `OSError`, before anything is trained or written.
+    After a restart by `torchrun --max-restarts` the run is resumed."""
+    if is_restarted():
+        config = replace(config, resume=True)
     if config.minutes is not None:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
         config = replace(config, train=train, minutes=None)
@@ -613,10 +618,10 @@ def is_finished(folder: Path | str) -> bool:
 
 
 def load_run(
-    folder: Path | str,  # of a run, or of one of its checkpoints
+    folder: Path | str,  # of a run, one of its checkpoints, or RUN/checkpoints/best
 ) -> tuple[CausalLM, BPETokenizer, dict]:
     "Model, tokenizer and metadata of a run folder; every byte of the weights verified."
-    if not Path(folder).is_dir():
+    if not Path(folder).is_dir() and not is_pointer(folder):
         raise FileNotFoundError(f"no run folder {folder}; `skylar pretrain` makes one")
     found, metadata = find_checkpoint(folder), load_metadata(folder)
     if "model" not in metadata or "tokenizer" not in metadata:
@@ -646,6 +651,8 @@ def run_tokenizer(folder: Path, checkpoint: Path, fingerprint: str) -> BPETokeni
 # %% ../../nbs/library/runs.ipynb #c038
 def is_run(where: str | Path) -> bool:
     "True for a folder that holds checkpoints of ours, not an exported model."
+    if is_pointer(where):
+        return True
     return Path(where).is_dir() and not Path(where, "config.json").exists()
 
 

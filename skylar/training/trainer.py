@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .checkpoint import CheckpointManager, seed_everything
+from .checkpoint import CheckpointManager, finish_saves
+from .checkpoint import save_due, seed_everything
 from .evaluate import evaluate
 from .guard import Guard, GuardConfig
 from .metrics import MetricsLogger
@@ -75,6 +76,10 @@ class TrainConfig:
     eval_batches: int = 20  # batches an evaluation
     save_every: int = 250  # steps between checkpoints; 0: only at the end
     keep_last: int = 2  # newest checkpoints to keep; 0: all
+    keep_best: int = 0  # and so many with the best evaluation; `best` names the first
+    best_metric: str = "val_loss"  # that decides, a number of the rows of evaluation
+    best_mode: str = "min"  # min: the lowest is best; max: the highest
+    async_save: bool = True  # write checkpoints in the background, from copies
     max_nonfinite_steps: int = 5  # stop after so many NaN or infinite steps in a row
     seed: int = 42  # of dropout and the like
 
@@ -83,13 +88,14 @@ class TrainConfig:
                   log_every=self.log_every, eval_batches=self.eval_batches,
                   max_nonfinite_steps=self.max_nonfinite_steps)
         check_int(0, eval_every=self.eval_every, save_every=self.save_every,
-                  keep_last=self.keep_last, seed=self.seed)
+                  keep_last=self.keep_last, keep_best=self.keep_best, seed=self.seed)
         if not 0 <= self.max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm={self.max_grad_norm}: give 0 (no clipping) "
                              "or a number above 0")
         if self.minutes is not None:
             check_positive(minutes=self.minutes)
         check_choice("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        check_choice("best_mode", self.best_mode, ("min", "max"))
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c047
 class StepOutput(NamedTuple):
@@ -292,8 +298,8 @@ def take_steps(trainer: Trainer, report: ProgressReporter, stop: StopSignals) ->
         if train_step.guard.after_step(trainer, report.say):
             continue  # the run was rolled back
         trainer.log(report)
-        if trainer.checkpoints and progress.due(trainer.config.save_every):
-            trainer.checkpoints.save()
+        if trainer.checkpoints:
+            save_due(trainer.checkpoints)
     progress.stop()
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #061f1fa9
@@ -334,7 +340,8 @@ class Trainer:
 
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
-        with StopSignals() as stop, ProgressReporter(self.quiet) as report:
+        saving = finish_saves(self.checkpoints)  # waits for what is being written
+        with StopSignals() as stop, ProgressReporter(self.quiet) as report, saving:
             if self.progress.step == 0:  # called again it goes on in memory
                 seed_everything(self.config.seed + self.train_step.ranks.rank)
                 if self.checkpoints:

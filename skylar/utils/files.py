@@ -105,7 +105,8 @@ def verify_manifest(
         if not path.is_file():
             raise ValueError(f"{path} is missing; {remedy}")
         if path.stat().st_size != row[0] or sha256_file(path) != row[1]:
-            raise ValueError(f"{path} is damaged: its content has changed; {remedy}")
+            raise ValueError(f"{path} is damaged: its content has changed since {name} was "
+                             f"written; {remedy}")
 
 # %% ../../nbs/library/files.ipynb #2c1d2869
 def read_json(path: Path | str) -> dict:

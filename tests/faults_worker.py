@@ -1,0 +1,140 @@
+"""Training that test_faults.py and bench/faults.py start, kill and resume.
+
+`python faults_worker.py resize OUT`: one stage of a run on several numbers of processes, under
+torchrun; the documents that each rank reads go to OUT/read-STAGE-RANK.json.
+
+`python faults_worker.py elastic WORDS`: `skylar WORDS` with a rank that gets killed once.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from skylar.cli import main as skylar
+from skylar.data.loader import PackedLoader
+from skylar.data.shards import ShardDataset
+from skylar.models.decoder import CausalLM
+from skylar.models.presets import get_config
+from skylar.training.checkpoint_files import checkpoint_tensors
+from skylar.training.distributed import ParallelConfig
+from skylar.training.loss import NextTokenObjective
+from skylar.training.muon import MuonConfig
+from skylar.training.optim import AdamWConfig, ScheduleConfig
+from skylar.training.trainer import TrainConfig, Trainer, TrainStep
+from skylar.utils.processes import is_restarted, join_processes, leave_processes, rank_and_size
+
+V, T, DOCUMENTS = 64, 8, 48
+
+
+def dataset() -> ShardDataset:
+    "Documents of T tokens, each of which says in its first two tokens which one it is."
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(1, V, (DOCUMENTS, T), generator=generator)
+    rows[:, 0], rows[:, 1] = torch.arange(DOCUMENTS) // 40 + 1, torch.arange(DOCUMENTS) % 40 + 1
+    starts = range(0, DOCUMENTS * T, T)
+    return ShardDataset.from_ids(rows.flatten(), starts=starts, vocab_size=V)
+
+
+def documents_of(batch: dict) -> list[int]:
+    "Which documents are in a batch of windows that begin with a document."
+    first = batch["input_ids"][:, :2].tolist()
+    return [40 * (a - 1) + b - 1 for a, b in first]
+
+
+class Recorded:
+    "A loader that remembers which documents it has handed out."
+
+    def __init__(self, loader: PackedLoader):
+        self.loader, self.read = loader, []
+        self.rank, self.world_size = loader.rank, loader.world_size
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def __iter__(self):
+        for batch in self.loader:
+            self.read.append(documents_of(batch))
+            yield batch
+
+
+class Idle(nn.Module):
+    "The next token, with a trainable second head that nothing uses."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.idle = model, nn.Linear(4, 4)
+        self.inner = [NextTokenObjective(model)]  # in a list: no child of this module
+
+    def forward(self, batch):
+        return self.inner[0](batch)
+
+
+def build(out: Path | None, steps: int, *, batch_size: int = 6, muon: bool = False,
+          idle: bool = False, parallel=None, accumulate: int = 2, prefetch: int = 2, **config):
+    "A Trainer of a tiny Qwen3 on `dataset()`; the batch is divided among the ranks."
+    rank, size = (parallel or ParallelConfig()).data_ranks(*rank_and_size())
+    loader = Recorded(PackedLoader(dataset(), batch_size=batch_size // size, seq_len=T, seed=5,
+                                   rank=rank, world_size=size, prefetch=prefetch))
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, n_layers=2)
+    model = CausalLM(get_config("test", vocab_size=V, max_seq_len=32, **sizes))
+    train = {"steps": steps, "grad_accum_steps": accumulate, "log_every": 1, "dtype": "float32",
+             "device": "cpu", "save_every": 0, **config}
+    return Trainer((Idle if idle else NextTokenObjective)(model), loader, TrainConfig(**train),
+                   optimizer=MuonConfig() if muon else AdamWConfig(lr=3e-3), out_dir=out,
+                   schedule=ScheduleConfig(warmup_steps=2), parallel=parallel, quiet=True)
+
+
+def digest(trainer: Trainer) -> str:
+    "SHA-256 of every weight, buffer and moment, by name."
+    tensors = checkpoint_tensors(trainer.model, trainer.train_step.optimizer, trainer.objective)
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def stop_after(step: int):
+    return lambda row: row["step"] == step
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+
+
+def resize(out: Path) -> None:
+    "Go on for three steps in as many processes as there are."
+    join_processes(torch.device("cpu"))
+    trainer = build(out, steps=12, parallel=ParallelConfig(), accumulate=1, async_save=True)
+    stage = int(os.environ["STAGE"])
+    trainer.metrics.callbacks = (stop_after(3 * stage + 3),)
+    trainer.train(resume=True)
+    rank, _ = rank_and_size()
+    (out / f"read-{stage}-{rank}.json").write_text(json.dumps(trainer.loader.read))
+    weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    if rank == 0:
+        torch.save(weights, out / "weights.pt")
+    leave_processes()
+
+
+def elastic(words: list[str]) -> int:
+    "`skylar WORDS`; at the first start, rank 1 kills itself before its ninth step."
+    step_of = TrainStep.__call__
+
+    def killing(self, batches, step, time_done=0.0):
+        if step == 8 and rank_and_size()[0] == 1 and not is_restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of(self, batches, step, time_done)
+
+    TrainStep.__call__ = killing
+    return skylar(words)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(elastic(sys.argv[2:]) if sys.argv[1] == "elastic" else resize(Path(sys.argv[2])))
