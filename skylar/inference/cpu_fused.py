@@ -462,6 +462,9 @@ def why_not_fused(
             return f"{name} is a {type(module).__name__}"
     if getattr(model.model, "attention_backend", "auto") != "auto":
         return f"attention_backend={model.model.attention_backend!r} was asked for"
+    config = model.decoder_config
+    if (config.embedding_multiplier, config.logits_scaling) != (1, 1):
+        return "it has multipliers (muP); skylar.training.mup.fold removes them"
     return next(filter(None, map(_why_not_block, model.model.layers)), None)
 
 
@@ -470,6 +473,8 @@ def _why_not_block(block: nn.Module) -> str | None:
         type(block) is Block) else ()
     if not norms or not block.pre_norm:
         return "a block is not a pre-norm Block"
+    if (block.scale, getattr(block.self_attn, "q_scale", 1)) != (1, 1):
+        return "it has multipliers (muP); skylar.training.mup.fold removes them"
     for part, known in ((block.self_attn, (GroupedQueryAttention, MultiHeadAttention)),
                         *((norm, (RMSNorm, nn.LayerNorm)) for norm in norms)):
         if type(part) not in known:
