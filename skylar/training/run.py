@@ -37,6 +37,7 @@ from .checkpoint import load_state, load_weights
 from .distributed import ParallelConfig
 from .evaluate import evaluate
 from .loss import NextTokenObjective
+from .mup import MupConfig
 from .optim import AdamWConfig, ScheduleConfig
 from .trainer import TrainConfig, Trainer
 from ..utils.checks import nearest
@@ -88,6 +89,7 @@ class RunConfig:
     loader: LoaderConfig = LoaderConfig()
     train: TrainConfig = TrainConfig()
     optimizer: AdamWConfig = AdamWConfig()
+    mup: MupConfig = MupConfig()  # rates of a smaller model, kept as this one grows
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
 
@@ -284,7 +286,8 @@ class Run:
         with torch.device("meta"):  # numbers come once it is shared among the processes
             model = CausalLM(self.model) if self.initial is None else self.initial
         objective = NextTokenObjective(model)
-        options = {"optimizer": self.config.optimizer, "schedule": self.config.schedule,
+        optimizer = self.config.mup.optimizer(self.config.optimizer)
+        options = {"optimizer": optimizer, "schedule": self.config.schedule,
                    "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
 
@@ -326,7 +329,7 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     "Config of the model to train, and the trained model that it starts from, if any."
     if config.init is None:
         changes = {"vocab_size": tokenizer.vocab_size, **config.model}
-        return get_config(config.preset, config.family, **changes), None
+        return config.mup.model(get_config(config.preset, config.family, **changes)), None
     out = Path(config.out).expanduser()
     if has_checkpoint(out):  # the weights are in the checkpoint
         return config_from_dict(load_metadata(out)["model"]), None
@@ -334,6 +337,9 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     if tokenizer_rules(theirs) != tokenizer_rules(tokenizer):
         raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
                          "make it again with the tokenizer of that model")
+    if config.mup.on and not hasattr(model.config, "plain"):
+        raise ValueError(f"init={config.init!r} has no multipliers for mup.*; leave mup out, or "
+                         "start from a run that was trained with it")
     return model.config, model
 
 
