@@ -1,7 +1,7 @@
 """Does the best learning rate of a narrow model stay the best on wider, and on deeper, ones?
 
     python bench/mup_transfer.py adamw     # widths 32 to 512: standard and muP
-    python bench/mup_transfer.py muon      # widths 32 to 256: standard and muP, and Muon's other scale
+    python bench/mup_transfer.py muon      # widths 32 to 256: the same, and Muon's other scale
     python bench/mup_transfer.py depth     # 2 to 16 blocks: standard, muP and CompleteP
     python bench/mup_transfer.py adamw --seeds 2 --steps 20 --sizes 32 64 --dry   # a look
 
@@ -30,8 +30,8 @@ from small_decoders import held_out_bits, nats, plays, windows_of
 
 from skylar.models.decoder import CausalLM
 from skylar.models.families.llama3 import Llama3Config
-from skylar.training.mup import MupConfig
 from skylar.training.muon import MuonConfig
+from skylar.training.mup import MupConfig
 from skylar.training.optim import AdamWConfig
 from skylar.utils.lesson import mean_interval
 

@@ -17,7 +17,7 @@ from ..layers.block import BlockConfig, LayerConfig, initialize
 from ..layers.mlp import dropout_layer
 from ..layers.norm import LayerNormConfig
 from .decoder_inputs import attention_inputs, check_inputs, embed
-from .decoder_inputs import first_with_equal_attention, locate, scaled
+from .decoder_inputs import first_with_equal_attention, locate, rescale
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.checks import check_probability
 
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids, position_ids=None, document_ids=None, cache=None):
         check_inputs(self.config, input_ids, position_ids, document_ids, cache)
-        x = scaled(embed(self.embed_tokens, input_ids), self.config.embedding_multiplier)
+        x = rescale(embed(self.embed_tokens, input_ids), self.config.embedding_multiplier)
         tokens = locate(input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
             x = x + self.embed_positions(tokens.queries.position_ids)
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
             x = layer(x, *inputs)  # masks, rotary tables (next chapter), its cache
         if cache is not None:  # see the KV-cache lesson
             cache.commit(input_ids.shape[1])
-        return scaled(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)
+        return rescale(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)
 
     init_weights = init_decoder
 

@@ -6,7 +6,7 @@
 __all__ = ['GraniteConfig', 'ScaledConfig']
 
 # %% ../../../nbs/library/family_granite.ipynb #7eb912a4
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from ...layers.block import BlockConfig
@@ -86,8 +86,7 @@ class GraniteConfig:
 
     def plain(self) -> Llama3Config:
         "The same sizes without multipliers."
-        names = Llama3Config.__dataclass_fields__
-        return Llama3Config(**{name: getattr(self, name) for name in names})
+        return Llama3Config(**{f.name: getattr(self, f.name) for f in fields(Llama3Config)})
 
     def to_hf(self) -> dict | None:
         if self.d_model % self.n_heads:
