@@ -1,6 +1,6 @@
 """Does the best learning rate of a narrow model stay the best on wider, and on deeper, ones?
 
-    python bench/mup_transfer.py adamw     # widths 32 to 512: standard and muP
+    python bench/mup_transfer.py adamw     # widths 32 to 256: standard and muP
     python bench/mup_transfer.py muon      # widths 32 to 256: the same, and Muon's other scale
     python bench/mup_transfer.py depth     # 2 to 16 blocks: standard, muP and CompleteP
     python bench/mup_transfer.py adamw --seeds 2 --steps 20 --sizes 32 64 --dry   # a look
@@ -53,7 +53,7 @@ def muon_original(k):
 
 WIDE, BOTH = MupConfig(base_d_model=WIDTH), MupConfig(base_d_model=WIDTH, base_n_layers=DEPTH)
 ARMS = {  # name -> sizes, arms: optimizer and parameterization
-    "adamw": ((32, 64, 128, 256, 512), {"standard": (adamw, MupConfig()), "muP": (adamw, WIDE)}),
+    "adamw": ((32, 64, 128, 256), {"standard": (adamw, MupConfig()), "muP": (adamw, WIDE)}),
     "muon": ((32, 64, 128, 256), {
         "standard": (muon, MupConfig()), "muP": (muon, WIDE),
         "standard, original scale": (muon_original, MupConfig())}),
