@@ -253,8 +253,8 @@ def test_folded_granite_is_llama_and_folded_qwen3_opens_in_transformers(tmp_path
     assert type(fold(CausalLM(granite)).config) is Llama3Config
     qwen3 = Qwen3Config(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24, **SIZES)
     ids = torch.randint(64, (2, 20))
-    for config, name in ((granite, "Llama"), (ScaledConfig(family=qwen3, **MULTIPLIERS), "Qwen3")):
-        model = rough(CausalLM(config)).eval()
+    for source, name in ((granite, "Llama"), (ScaledConfig(family=qwen3, **MULTIPLIERS), "Qwen3")):
+        model = rough(CausalLM(source)).eval()
         folder = save_pretrained(fold(model), tmp_path / name)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert type(theirs).__name__ == f"{name}ForCausalLM"
@@ -286,11 +286,11 @@ def test_the_coordinate_check_passes_for_mup_and_fails_for_standard(inner):
         assert abs(slopes["muP"][part]) < 0.25, (part, slopes)
     # what the head's random start makes of the change falls as 1 / sqrt(width)
     assert -0.4 < slopes["muP"]["logits"] < 0.1, slopes
-    assert slopes["standard"]["residual stream"] > 0.3 and slopes["standard"]["logits"] > 0.2, slopes
+    assert min(slopes["standard"][part] for part in ("residual stream", "logits")) > 0.2, slopes
 
 
-def test_depth_keeps_the_residual_stream(inner=AdamWConfig(lr=0.015)):
-    depths, slopes = (2, 4, 8, 16), {}
+def test_depth_keeps_the_residual_stream():
+    inner, depths, slopes = AdamWConfig(lr=0.015), (2, 4, 8, 16), {}
     for name, mup in (("CompleteP", MupConfig(base_n_layers=2)), ("standard", MupConfig())):
         found = []
         for depth in depths:

@@ -43,8 +43,7 @@ class Block(nn.Module):
         self.pre_norm, self.scale = config.pre_norm, config.residual_multiplier
 
     def forward(self, x: Tensor,  # (B, T, D) the residual stream
-                inputs=None,  # what attention's `prepare` returned; None: prepared here
-                cache=None,  # handed to the attention, as `inputs` is
+                inputs=None, cache=None,  # for attention; None: inputs are prepared here
                 ) -> Tensor:  # (B, T, D)
         if self.pre_norm:
             x = self.add(x, self.self_attn(self.input_layernorm(x), inputs, cache))

@@ -120,8 +120,7 @@ class GroupedQueryAttention(nn.Module):
         mask = prepare_mask(
             x, queries, queries if keys is None else keys, self.config.window, backend,
             dropout=self.config.dropout if self.training else 0.0)
-        positions, dtype = queries.position_ids, compute_dtype(x)
-        cos_sin = None if self.rotary is None else self.rotary(positions, dtype)
+        cos_sin = self.rotary and self.rotary(queries.position_ids, compute_dtype(x))
         return AttentionInputs(mask=mask, cos_sin=cos_sin, slots=slots)
 
     def forward(
@@ -138,8 +137,7 @@ class GroupedQueryAttention(nn.Module):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.q_scale != 1:  # else the kernel's own 1 / √Dh
-            q = q * self.q_scale
+        q = q if self.q_scale == 1 else q * self.q_scale  # kernels have 1 / √Dh
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
         if self.rotary is not None:
             q, k = (apply_rope(heads, *inputs.cos_sin) for heads in (q, k))

@@ -38,7 +38,7 @@ class DecoderConfig:
     embed_std: float | None = None  # of embeddings and LM head; None: init_std
     residual_std: float | None = None  # of output projections; None: init_std / √(2L)
     embedding_multiplier: float = 1.0  # these two, and a block's, are for muP
-    logits_scaling: float = 1.0  # what the hidden states, hence the logits, are divided by
+    logits_scaling: float = 1.0  # divides the hidden states, hence the logits
 
     def __post_init__(self):
         V, D, T = self.vocab_size, self.d_model, self.max_seq_len
@@ -104,7 +104,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids, position_ids=None, document_ids=None, cache=None):
         check_inputs(self.config, input_ids, position_ids, document_ids, cache)
-        x = rescale(embed(self.embed_tokens, input_ids), self.config.embedding_multiplier)
+        x = embed(self.embed_tokens, input_ids)  # (B, T, D)
+        x = rescale(x, self.config.embedding_multiplier)
         tokens = locate(input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
             x = x + self.embed_positions(tokens.queries.position_ids)

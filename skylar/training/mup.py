@@ -77,7 +77,7 @@ class MupConfig:
     base_d_head: int | None = None  # width of its heads; None: that of the model
 
     def __post_init__(self):
-        check_int(**{name: value for name, value in vars(self).items() if value is not None})
+        check_int(**{k: v for k, v in vars(self).items() if v is not None})
 
     @property
     def on(self) -> bool:
@@ -108,15 +108,16 @@ def with_multipliers(mup: MupConfig, config):
     if not hasattr(config, "logits_scaling"):
         config = ScaledConfig(family=config)
     decoder = config.decoder()
-    (m, l), (d_head, base_d_head) = ratios(mup, decoder), head_widths(mup, decoder)
+    (m, l), (d_head, base) = ratios(mup, decoder), head_widths(mup, decoder)
     std, base_layers = decoder.init_std / math.sqrt(m), len(decoder.blocks) / l
     changes: dict[str, float] = dict(
-        init_std=std, embed_std=decoder.init_std, logits_scaling=config.logits_scaling * m,
+        init_std=std, embed_std=decoder.init_std,
+        logits_scaling=config.logits_scaling * m,
         residual_std=std / math.sqrt(2 * base_layers),
         residual_multiplier=config.residual_multiplier / l)
-    if d_head != base_d_head:
-        scale = config.attention_multiplier or base_d_head**-0.5
-        changes["attention_multiplier"] = scale * base_d_head / d_head
+    if d_head != base:
+        scale = config.attention_multiplier or base**-0.5
+        changes["attention_multiplier"] = scale * base / d_head
     return replace(config, **changes)
 
 # %% ../../nbs/01_gqa_rope/14_mup.ipynb #1ccfc2d5
@@ -175,7 +176,8 @@ def muon_factor(mup: MupConfig, shape, group: dict, decoder: DecoderConfig) -> f
         rows, base_rows = head_widths(mup, decoder)
 
     def wanted(rows, columns):
-        return math.sqrt(rows / columns) / update_scale((rows, columns), group["adjust_lr"])
+        own = update_scale((rows, columns), group["adjust_lr"])
+        return math.sqrt(rows / columns) / own
 
     return wanted(rows, columns) / wanted(base_rows, base_columns)
 
