@@ -15,8 +15,8 @@ from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.loss import NextTokenObjective
-from skylar.training.mup import MupConfig
 from skylar.training.muon import MuonConfig
+from skylar.training.mup import MupConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import is_main_process, join_processes, leave_processes, rank_and_size

@@ -1,4 +1,4 @@
-"""muP: its rules against published ones, what it leaves alone, transfer, folding, resume, shards."""
+"""muP: its rules beside published ones, what it leaves alone, transfer, folding, resume, shards."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
 from skylar.training.mup import MupConfig, coordinate_check, fold, growth
 from skylar.training.optim import AdamWConfig
-from skylar.training.run import is_finished, load_run, open_model, prepare_run, train
+from skylar.training.run import is_finished, load_run, prepare_run, train
 
 WORKER = Path(__file__).with_name("mup_worker.py")
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
@@ -143,8 +143,8 @@ def test_wider_heads_get_one_over_d_head():
 
 
 def test_off_by_default():
-    config, inner = llama(16), AdamWConfig()
-    assert MupConfig().model(config) is config and MupConfig().optimizer(inner) is inner
+    plain, inner = llama(16), AdamWConfig()
+    assert MupConfig().model(plain) is plain and MupConfig().optimizer(inner) is inner
 
 
 @pytest.mark.parametrize("inner", [AdamWConfig(lr=0.01), MuonConfig(lr=0.01, adamw_lr=0.01)])
@@ -208,13 +208,13 @@ def test_the_fused_loss_sees_the_divided_logits():
 
 
 def test_a_scaled_config_comes_back_from_json_and_from_its_folder(tmp_path):
-    config = ScaledConfig(family=Qwen3Config(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24,
+    scaled = ScaledConfig(family=Qwen3Config(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24,
                                              **SIZES), **MULTIPLIERS)
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
-    model = rough(CausalLM(config)).eval()
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(scaled)))) == scaled
+    model = rough(CausalLM(scaled)).eval()
     again = from_pretrained(save_pretrained(model, tmp_path / "m"))
     ids = torch.randint(64, (2, 9))
-    assert again.config == config and torch.equal(again(ids), model(ids))
+    assert again.config == scaled and torch.equal(again(ids), model(ids))
 
 
 # --- folding ---
@@ -369,7 +369,7 @@ def test_bad_settings_are_named(capsys):
         with pytest.raises(ValueError, match=f"{name}=0"):
             MupConfig(**{name: 0})
     with pytest.raises(ValueError, match="gpt2 always has"):
-        MupConfig(base_d_head=4).model(small("gpt2", True, True))
+        MupConfig(base_d_head=2).model(small("gpt2", True, True))
     with pytest.raises(ValueError, match="family=3 is no config"):
         ScaledConfig(family=3)
     with pytest.raises(ValueError, match="residual_multiplier"):
