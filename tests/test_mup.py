@@ -306,11 +306,11 @@ def test_depth_keeps_the_residual_stream():
     assert abs(slopes["CompleteP"]) < 0.3 and slopes["standard"] > 0.5, slopes
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_stored_sweeps_show_what_the_lesson_says(name):
+@pytest.mark.parametrize(("name", "n_wider"), [("adamw", 3), ("muon", 2)])
+def test_the_stored_sweeps_show_what_the_lesson_says(name, n_wider):
     rows = json.loads((RESULTS / f"mup_transfer_{name}.json").read_text())["rows"]
     base, *wider = [r for r in rows if r["arm"] == "muP"]
-    assert len(wider) >= 3 and all(r["best"] == base["best"] for r in wider)
+    assert len(wider) >= n_wider and all(r["best"] == base["best"] for r in wider)
     assert all(abs(r["shift"]) < 0.7 for r in wider)
     widest = [r for r in rows if r["arm"] == "standard"][-1]
     assert widest["shift"] + widest["interval"] < -1
