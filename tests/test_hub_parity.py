@@ -53,6 +53,11 @@ def draw(family: str, seed: int):
     if family == "smollm3":
         more = dict(no_rope_layers=rng.choice([None, (0, 1, 0)]),
                     no_rope_layer_interval=rng.choice([1, 2, 3]))
+    if family == "granite":
+        more = dict(embedding_multiplier=rng.choice([0.5, 12.0]),
+                    attention_multiplier=rng.choice([0.02, 0.3]),
+                    residual_multiplier=rng.choice([0.22, 1.5]),
+                    logits_scaling=rng.choice([0.5, 8.0]))
     return find_family(family)(
         d_model=width, n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=2 * rng.randrange(2, 9),
         max_seq_len=64, rope_theta=rng.choice([100.0, 1e4, 5e5]),

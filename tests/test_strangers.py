@@ -138,7 +138,7 @@ def theirs(folder, ids):
 
 
 @pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3", "arcee", "smollm3"])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3", "arcee", "smollm3", "granite"])
 def test_a_strangers_folder(tmp_path, model_type, seed):
     rng = random.Random(f"{model_type} {seed}")
     torch.manual_seed(seed)

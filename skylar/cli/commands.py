@@ -370,15 +370,19 @@ def export(
 ) -> None:
     """Write a trained model in Hugging Face's format. It becomes config.json, safetensors,
     tokenizer and chat template; transformers opens them without Skylar, unless the model's
-    family is skylar. llama.cpp runs the file of --gguf.
+    family is skylar. Multipliers of muP are folded into the weights, unless the family is
+    granite, which has them. llama.cpp runs the file of --gguf.
 
     Example:
       skylar export --model runs/first --out exported
     """
     from skylar.models.hub import push_to_hub, save_pretrained
+    from skylar.models.presets import needs_skylar
+    from skylar.training.mup import fold
     from skylar.training.run import open_model
 
     lm, tokenizer, _ = open_model(model)
+    lm = fold(lm) if needs_skylar(lm.config) else lm
     save_pretrained(lm, out, tokenizer)
     show_summary({p.name: f"{p.stat().st_size:,} bytes" for p in sorted(Path(out).iterdir())})
     from skylar.utils.files import read_json

@@ -442,6 +442,14 @@ class _Step:
         return layer.out(kernel(layer, heads.q, cache, first, self.end, mask))
 
 # %% ../../nbs/library/cpu_fused.ipynb #c046
+def _has_multipliers(model: CausalLM) -> bool:
+    config = model.decoder_config
+    found = {config.embedding_multiplier, config.logits_scaling}
+    for block in model.model.layers:
+        found |= {getattr(block, "scale", 1), getattr(block.self_attn, "q_scale", 1)}
+    return found != {1}
+
+# %% ../../nbs/library/cpu_fused.ipynb #6bd2c58d
 def why_not_fused(
     model: nn.Module,
 ) -> str | None:  # None: `fuse_for_cpu` can take it
@@ -462,6 +470,8 @@ def why_not_fused(
             return f"{name} is a {type(module).__name__}"
     if getattr(model.model, "attention_backend", "auto") != "auto":
         return f"attention_backend={model.model.attention_backend!r} was asked for"
+    if _has_multipliers(model):
+        return "it has multipliers (muP); skylar.training.mup.fold removes them"
     return next(filter(None, map(_why_not_block, model.model.layers)), None)
 
 

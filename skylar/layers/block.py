@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .mlp import dropout_layer
 from .norm import LayerNormConfig
-from ..utils.checks import check_probability
+from ..utils.checks import check_positive, check_probability
 
 # %% ../../nbs/00_transformer/11_block.ipynb #c036
 def initialize(module: nn.Module, init_std: float, residual_std: float) -> None:
@@ -40,17 +40,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = config.norm.build(d_model)
         self.mlp = config.ffn.build(d_model)
         self.dropout = dropout_layer(config.dropout)
-        self.pre_norm = config.pre_norm
+        self.pre_norm, self.scale = config.pre_norm, config.residual_multiplier
 
     def forward(self, x: Tensor,  # (B, T, D) the residual stream
-                inputs=None,  # what attention's `prepare` returned; None: prepared here
-                cache=None,  # handed to the attention, as `inputs` is
+                inputs=None, cache=None,  # for attention; None: inputs are prepared here
                 ) -> Tensor:  # (B, T, D)
         if self.pre_norm:
-            x = x + self.dropout(self.self_attn(self.input_layernorm(x), inputs, cache))
-            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-        x = self.input_layernorm(x + self.dropout(self.self_attn(x, inputs, cache)))
-        return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
+            x = self.add(x, self.self_attn(self.input_layernorm(x), inputs, cache))
+            return self.add(x, self.mlp(self.post_attention_layernorm(x)))
+        x = self.input_layernorm(self.add(x, self.self_attn(x, inputs, cache)))
+        return self.post_attention_layernorm(self.add(x, self.mlp(x)))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.add(self.dropout(y), alpha=self.scale)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         "Every part by its own rule."
@@ -67,9 +69,11 @@ class BlockConfig:
     norm: LayerConfig = field(default_factory=LayerNormConfig)  # built twice
     dropout: float = 0.0  # on what each half adds to the stream
     pre_norm: bool = True  # False: normalize after the addition (2017's order)
+    residual_multiplier: float = 1.0  # of what each half adds; other than 1 in muP
 
     def __post_init__(self):
         check_probability(dropout=self.dropout)
+        check_positive(residual_multiplier=self.residual_multiplier)
 
     def build(
         self,

@@ -6,6 +6,7 @@
 __all__ = ['GQAConfig', 'GroupedQueryAttention']
 
 # %% ../../nbs/01_gqa_rope/05_gqa.ipynb #2491d57e
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,7 @@ class GQAConfig:
     qk_norm: RMSNormConfig | None = None  # normalize each head's queries and keys
     window: SlidingWindow | None = None  # None: attend to everything before
     dropout: float = 0.0  # probability of dropping an attention weight while training
+    scale: float | None = None  # of the scores; None: 1 / sqrt(d_head)
 
     def __post_init__(self):
         _check_heads(self.n_heads, self.n_kv_heads)
@@ -109,6 +111,7 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = config.qk_norm.build(Dh) if config.qk_norm else None
         self.k_norm = config.qk_norm.build(Dh) if config.qk_norm else None
         self.rotary = config.rope.build(Dh) if config.rope else None
+        self.q_scale = 1.0 if config.scale is None else config.scale * math.sqrt(Dh)
 
     def prepare(self, x: Tensor, queries: Positions | None = None,
                 keys: Positions | None = None, backend="auto", slots=None) -> AttentionInputs:
@@ -117,8 +120,7 @@ class GroupedQueryAttention(nn.Module):
         mask = prepare_mask(
             x, queries, queries if keys is None else keys, self.config.window, backend,
             dropout=self.config.dropout if self.training else 0.0)
-        positions, dtype = queries.position_ids, compute_dtype(x)
-        cos_sin = None if self.rotary is None else self.rotary(positions, dtype)
+        cos_sin = self.rotary and self.rotary(queries.position_ids, compute_dtype(x))
         return AttentionInputs(mask=mask, cos_sin=cos_sin, slots=slots)
 
     def forward(
@@ -135,6 +137,7 @@ class GroupedQueryAttention(nn.Module):
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        q = q if self.q_scale == 1 else q * self.q_scale  # kernels have 1 / √Dh
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, H or K, T, Dh)
         if self.rotary is not None:
             q, k = (apply_rope(heads, *inputs.cos_sin) for heads in (q, k))

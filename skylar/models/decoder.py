@@ -17,7 +17,7 @@ from ..layers.block import BlockConfig, LayerConfig, initialize
 from ..layers.mlp import dropout_layer
 from ..layers.norm import LayerNormConfig
 from .decoder_inputs import attention_inputs, check_inputs, embed
-from .decoder_inputs import first_with_equal_attention, locate
+from .decoder_inputs import first_with_equal_attention, locate, rescale
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.checks import check_probability
 
@@ -35,12 +35,16 @@ class DecoderConfig:
     tie_embeddings: bool = True  # one (V, D) matrix for embedding and LM head
     dropout: float = 0.0  # on the embeddings
     init_std: float = 0.02  # of weight matrices at initialization
+    embed_std: float | None = None  # of embeddings and LM head; None: init_std
+    residual_std: float | None = None  # of output projections; None: init_std / √(2L)
+    embedding_multiplier: float = 1.0  # these two, and a block's, are for muP
+    logits_scaling: float = 1.0  # divides the hidden states, hence the logits
 
     def __post_init__(self):
         V, D, T = self.vocab_size, self.d_model, self.max_seq_len
         check_int(vocab_size=V, d_model=D, max_seq_len=T)
         check_probability(dropout=self.dropout)
-        check_positive(init_std=self.init_std)
+        check_positive(init_std=self.init_std, logits_scaling=self.logits_scaling)
         if not self.blocks:
             raise ValueError("blocks is empty; give at least one BlockConfig")
         if self.positions is not None and self.positions.max_len < T:
@@ -55,11 +59,12 @@ def init_decoder(decoder: "Decoder") -> None:
     Matrices N(0, init_std); those that write into the residual stream a further
     1/sqrt(2L) smaller; norms 1; biases 0.
     """
-    std = decoder.config.init_std
-    residual_std = std / math.sqrt(2 * len(decoder.layers))
-    nn.init.normal_(decoder.embed_tokens.weight, std=std)
+    config, std = decoder.config, decoder.config.init_std
+    residual_std = config.residual_std or std / math.sqrt(2 * len(decoder.layers))
+    embed_std = config.embed_std or std
+    nn.init.normal_(decoder.embed_tokens.weight, std=embed_std)
     if decoder.embed_positions is not None:
-        initialize(decoder.embed_positions, std, residual_std)
+        initialize(decoder.embed_positions, embed_std, residual_std)
     for layer in decoder.layers:
         layer.init_weights(std, residual_std)
     initialize(decoder.norm, std, residual_std)
@@ -79,7 +84,8 @@ def _init_causal_lm(model: "CausalLM") -> None:
         return  # nothing to fill
     model.model.init_weights()
     if not model.decoder_config.tie_embeddings:
-        nn.init.normal_(model.lm_head.weight, std=model.decoder_config.init_std)
+        config = model.decoder_config
+        nn.init.normal_(model.lm_head.weight, std=config.embed_std or config.init_std)
 
 # %% ../../nbs/00_transformer/12_gpt.ipynb #c060
 class Decoder(nn.Module):
@@ -99,6 +105,7 @@ class Decoder(nn.Module):
     def forward(self, input_ids, position_ids=None, document_ids=None, cache=None):
         check_inputs(self.config, input_ids, position_ids, document_ids, cache)
         x = embed(self.embed_tokens, input_ids)  # (B, T, D)
+        x = rescale(x, self.config.embedding_multiplier)
         tokens = locate(input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
             x = x + self.embed_positions(tokens.queries.position_ids)
@@ -107,7 +114,7 @@ class Decoder(nn.Module):
             x = layer(x, *inputs)  # masks, rotary tables (next chapter), its cache
         if cache is not None:  # see the KV-cache lesson
             cache.commit(input_ids.shape[1])
-        return self.norm(x)
+        return rescale(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)
 
     init_weights = init_decoder
 

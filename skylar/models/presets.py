@@ -24,6 +24,7 @@ from .decoder import DecoderConfig
 from .families.arcee import ArceeConfig
 from .families.common import check_type
 from .families.gpt2 import GPT2Config
+from .families.granite import GraniteConfig, ScaledConfig
 from .families.llama3 import Llama3Config
 from .families.qwen3 import Qwen3Config
 from .families.skylar import SkylarConfig
@@ -31,7 +32,8 @@ from .families.smollm3 import SmolLM3Config
 from ..utils.checks import check_choice, nearest
 
 # %% ../../nbs/01_gqa_rope/08_family.ipynb #c048
-FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, SmolLM3Config, SkylarConfig)
+FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
+            SkylarConfig)
 
 _COLUMNS = ("d_model", "n_heads", "n_kv_heads", "d_head", "n_layers", "d_ff", "max_seq_len",
             "rope_theta", "tie_embeddings")
@@ -90,9 +92,9 @@ def get_config(
 
 # %% ../../nbs/01_gqa_rope/08_family.ipynb #c052
 _CLASSES = {kind.__name__: kind for kind in (
-    *FAMILIES, DecoderConfig, BlockConfig, AttentionConfig, GQAConfig, SlidingWindow,
-    RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling, LayerNormConfig,
-    RMSNormConfig,
+    *FAMILIES, ScaledConfig, DecoderConfig, BlockConfig, AttentionConfig, GQAConfig,
+    SlidingWindow, RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
+    LayerNormConfig, RMSNormConfig,
     MLPConfig, SwiGLUConfig, ReLU2Config, LearnedPositionsConfig, SinusoidalPositionsConfig)}
 
 
@@ -172,7 +174,7 @@ def config_to_hf(
 
 # %% ../../nbs/library/weight_map.ipynb #c034
 def _whole_model(config: Any) -> Any:
-    if not isinstance(config, (DecoderConfig, *FAMILIES)):  # a part of one
+    if not hasattr(config, "decoder") and not isinstance(config, DecoderConfig):  # a part
         raise ValueError(f"type={type(config).__name__!r} describes no model")
     return config
 

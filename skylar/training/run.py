@@ -46,6 +46,7 @@ from .loss import NextTokenObjective
 from .metrics import append_metrics
 from .monitor import Monitor, MonitorConfig
 from .muon import OptimizerConfig
+from .mup import MupConfig
 from .optim import ScheduleConfig
 from .record import now, run_record
 from .trackers import check_trackers
@@ -147,6 +148,7 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    mup: MupConfig = MupConfig()  # rates of a smaller model, kept as this one grows
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
     guard: GuardConfig = GuardConfig()
@@ -355,7 +357,8 @@ class Run:
         with torch.device("meta"):  # numbers come once it is shared among the processes
             model = CausalLM(self.model) if self.initial is None else self.initial
         objective = NextTokenObjective(model, z_loss=self.config.loss.z_loss)
-        options = {"optimizer": self.config.optimizer.chosen,
+        optimizer = self.config.mup.optimizer(self.config.optimizer.chosen)
+        options = {"optimizer": optimizer,
                    "schedule": self.config.schedule, "guard": self.config.guard,
                    "parallel": self.config.parallel, **options}
         return Trainer(objective, self.loader("train"), config, **options)
@@ -404,7 +407,7 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     "Config of the model to train, and the trained model that it starts from, if any."
     if config.init is None:
         changes = {"vocab_size": tokenizer.vocab_size, **config.model}
-        return get_config(config.preset, config.family, **changes), None
+        return config.mup.model(get_config(config.preset, config.family, **changes)), None
     out = Path(config.out).expanduser()
     if has_checkpoint(out):  # the weights are in the checkpoint
         return config_from_dict(load_metadata(out)["model"]), None
@@ -412,6 +415,9 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
     if tokenizer_rules(theirs) != tokenizer_rules(tokenizer):
         raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
                          "make it again with the tokenizer of that model")
+    if config.mup.on and not hasattr(model.config, "plain"):
+        raise ValueError(f"init={config.init!r} has no multipliers for mup.*; leave mup out, or "
+                         "start from a run that was trained with it")
     return model.config, model
 
 
