@@ -10,6 +10,7 @@ says how far its loss and its gradient of the weight are from the plain path's (
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -67,9 +68,7 @@ def rows(args) -> Iterator[dict]:
         inputs = hidden, weight.requires_grad_(), labels
         expected, expected_grad = step(sides()["plain"], inputs, args.device)
         for name, loss_fn in sides().items():
-            def work(loss_fn=loss_fn):
-                return step(loss_fn, inputs, args.device)
-
+            work = partial(step, loss_fn, inputs, args.device)
             loss, grad = work()
             error = float((grad - expected_grad).norm() / expected_grad.norm())
             yield {

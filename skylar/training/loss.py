@@ -43,7 +43,7 @@ def _losses_and_gradients(
     z_loss: float, softcap: float | None, needed: tuple,
 ) -> tuple:  # (N,) weighted losses; gradients of h and w, None where not needed
     wide, losses = torch.promote_types(w.dtype, torch.float32), []
-    grad_h = torch.empty_like(h) if needed[0] else None
+    grad_h = torch.zeros_like(h, dtype=wide) if needed[0] else None
     make = torch.empty_like if len(h) else torch.zeros_like  # no rows, no first chunk
     grad_w = make(w, dtype=wide) if needed[1] else None
     block, columns = tile
@@ -57,13 +57,13 @@ def _losses_and_gradients(
             n, at = len(g[j:j + block]), slice(i + j, i + min(j + block, len(rows)))
             losses.append(_chunk_loss(
                 g[j:j + n], x[:n], p[:n], labels[at], weights[at], z_loss, softcap))
-        if needed[0]:
-            torch.mm(g, w, out=grad_h[i:i + chunk])
-        if needed[1]:
-            for s in range(0, len(w), columns):  # small enough for a CPU's cache
-                share = g[:, s:s + columns].T @ rows
-                part = grad_w[s:s + columns]
-                part.add_(share) if i else part.copy_(share)
+        for s in range(0, len(w), columns):
+            part, of_w = g[:, s:s + columns], slice(s, s + columns)
+            if needed[0]:
+                grad_h[i:i + chunk].add_(part @ w[of_w])
+            if needed[1]:
+                share = part.T @ rows
+                grad_w[of_w].add_(share) if i else grad_w[of_w].copy_(share)
     return torch.cat([*losses, x.new_empty(0, 1)]).flatten(), grad_h, grad_w
 
 # %% ../../nbs/01_gqa_rope/12_fused_loss.ipynb #80e71ed2
@@ -154,7 +154,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
     weights = rows[:, None].to(torch.promote_types(dtype, torch.float32))  # (N, 1)
     # on a CPU, tiles that stay in its cache; elsewhere they would be many small kernels
-    tile = (32, 4096) if device == "cpu" and not compiled else (256, len(weight))
+    tile = (16, 4096) if device == "cpu" and not compiled else (256, len(weight))
     loss = loss_fn.apply(
         hidden, weight, labels[:, None], weights, dtype, chunk, tile, z_loss, softcap)
     if reduction == "none" and not compiled:  # back to where the rows were
