@@ -154,7 +154,7 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
     weights = rows[:, None].to(torch.promote_types(dtype, torch.float32))  # (N, 1)
     # on a CPU, tiles that stay in its cache; elsewhere they would be many small kernels
-    tile = (16, 4096) if device == "cpu" and not compiled else (256, len(weight))
+    tile = (16, 2048) if device == "cpu" and not compiled else (256, len(weight))
     loss = loss_fn.apply(
         hidden, weight, labels[:, None], weights, dtype, chunk, tile, z_loss, softcap)
     if reduction == "none" and not compiled:  # back to where the rows were
