@@ -103,8 +103,8 @@ class _RowLosses(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, weights, dtype, *options):
         ctx.save_for_backward(hidden, weight, labels, weights)
         ctx.dtype, ctx.options = dtype, options
-        return _losses_and_gradients(hidden.to(dtype), weight.to(dtype), labels, weights,
-                                     *options, (False, False))[0]
+        h, w, needed = hidden.to(dtype), weight.to(dtype), (False, False)
+        return _losses_and_gradients(h, w, labels, weights, *options, needed)[0]
 
     @staticmethod
     @once_differentiable
@@ -127,8 +127,8 @@ def _whole(weight: Tensor) -> Tensor:
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError(
-            f"the LM head's weight is a shard of {weight.device_mesh.size()} processes, "
-            "and its gradient here would miss the others' targets: compute the loss in "
+            f"the LM head's weight is a shard of {weight.device_mesh.size()} "
+            "processes, and its gradient here would miss the others' targets: compute the loss in "
             "the forward of the module given to fully_shard last (the objective)")
     return weight.full_tensor()
 
