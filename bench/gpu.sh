@@ -38,9 +38,10 @@ part() {  # name, seconds, script
     (IFS=,; echo "[${lines[*]}]") > "$out/gpu_parts.json"
 }
 
-part tests     130 tests_gpu.py
+part tests     120 tests_gpu.py
 part attention 70  attention_gpu.py
-part training  200 train_gpu.py
+part loss      40  loss_gpu.py
+part training  170 train_gpu.py
 part decoding  70  decode_gpu.py
 cat "$out/gpu_parts.json"
 echo "JSON in $out"

@@ -62,6 +62,76 @@ def test_any_upstream_gradient(upstream):
     torch.testing.assert_close(ours, gradients(plain, *example(), upstream=upstream, z_loss=1e-2))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_rows_with_an_upstream_gradient_each(options, chunk):
+    "Not one for all: Liger scaled every row by the first one's."
+    u = torch.randn(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for options_ in (options | {"chunk": chunk}, options):
+        loss_fn = linear_cross_entropy if "chunk" in options_ else cross_entropy
+        hidden, weight, labels = example()
+        losses, n = loss_fn(hidden, weight, labels, reduction="none", **options_)
+        assert losses.shape == labels.shape and (losses[labels == -100] == 0).all()
+        assert n == 10 and (losses[labels != -100] > 0).all()
+        found.append((losses.detach(),
+                      torch.autograd.grad((u * losses).sum(), (hidden, weight))))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("loss_fn", [linear_cross_entropy, cross_entropy])
+def test_rows_add_up_to_the_sum(loss_fn):
+    hidden, weight, labels = example()
+    losses, n = loss_fn(hidden, weight, labels, reduction="none", z_loss=1e-2)
+    torch.testing.assert_close((losses.sum(), n), loss_fn(hidden, weight, labels, z_loss=1e-2))
+    with pytest.raises(ValueError, match="unknown reduction 'mean'"):
+        loss_fn(hidden, weight, labels, reduction="mean")
+
+
+def test_gradcheck_of_rows():
+    hidden, weight, labels = example(n=5, d=3, v=4, ignored=(1,))
+
+    def f(h, w):
+        return linear_cross_entropy(
+            h, w, labels, chunk=2, reduction="none", z_loss=1e-2, softcap=3.0)[0]
+
+    assert torch.autograd.gradcheck(f, (hidden, weight))
+
+
+def test_rows_without_targets_and_frozen_weight():
+    hidden, weight, labels = example(ignored=range(13))
+    losses, n = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    grads = torch.autograd.grad(losses.sum(), (hidden, weight))
+    assert n == 0 and not losses.any() and not grads[0].any() and not grads[1].any()
+    hidden, weight, labels = example()
+    losses, _ = linear_cross_entropy(hidden, weight.detach(), labels, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), hidden)
+    expected = gradients(plain, hidden, weight, labels)[2][0]
+    torch.testing.assert_close(grad, expected)
+
+
+def test_more_tokens_than_one_tile_of_the_weight():
+    "2,048 tokens of the vocabulary at a time, several chunks, and the last of each smaller."
+    ours, theirs = (gradients(f, *example(n=70, v=9001), **options)
+                    for f, options in ((linear_cross_entropy, {"chunk": 33}), (plain, {})))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_changing_a_gradient_in_place_never_changes_the_next_one_silently():
+    hidden, weight, labels = example()
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    expected = [g.clone() for g in torch.autograd.grad(
+        loss, (hidden, weight), retain_graph=True)]
+    for g in torch.autograd.grad(loss, (hidden, weight), retain_graph=True):
+        g.mul_(2)
+    try:
+        again = torch.autograd.grad(loss, (hidden, weight))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(list(again), expected)
+
+
 def test_backward_twice_gives_the_same():
     hidden, weight, labels = example()
     loss, n = linear_cross_entropy(hidden, weight, labels)
@@ -172,6 +242,12 @@ def test_compiles_in_one_graph_to_the_same_numbers(options):
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     ours = gradients(compiled, hidden, weight, labels, chunk=5, **options)
     torch.testing.assert_close(ours, gradients(plain, hidden, weight, labels, **options))
+    u = torch.randn(13, generator=torch.Generator().manual_seed(1))
+    losses = compiled(hidden, weight, labels, chunk=5, reduction="none", **options)[0]
+    expected = cross_entropy(hidden, weight, labels, reduction="none", **options)[0]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(*(torch.autograd.grad((u * x).sum(), (hidden, weight))
+                                 for x in (losses, expected)))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
