@@ -12,8 +12,14 @@ from guard_worker import Faulty, make_trainer, weights_hash
 
 from skylar.training.distributed import ParallelConfig
 from skylar.training.objective import LossOutput
-from skylar.utils.processes import gather_objects, is_main_process, join_processes
-from skylar.utils.processes import leave_processes, on_main, rank_and_size
+from skylar.utils.processes import (
+    gather_objects,
+    is_main_process,
+    join_processes,
+    leave_processes,
+    on_main,
+    rank_and_size,
+)
 
 
 class TwoHeads(Faulty):
