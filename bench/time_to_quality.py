@@ -5,7 +5,7 @@ course has so far: Muon for the matrices, another schedule, another start. Then 
 many seconds as the baseline took: the best loss in the baseline's own time. All see the same text,
 are judged on the same windows, and take turns in one process.
 
-    python bench/time_to_quality.py           # 3 seeds, about 7 minutes on two quiet cores
+    python bench/time_to_quality.py           # 3 seeds, about 9 minutes on two quiet cores
     python bench/time_to_quality.py --quick   # one seed, a tenth of the steps, writes no file
     python bench/time_to_quality.py --search  # short runs that chose FAST, about 3 minutes
 """
@@ -140,7 +140,7 @@ def main(seeds: int, scale: float, dry: bool) -> None:
         reached = ours["val_loss"] <= base["val_loss"]
         assert dry or reached, f"seed {seed} did not reach the target"
         steps = int(MARGIN * base["seconds"] / ours["seconds"] * ours["step"])
-        long = run(LONG | {"steps": steps}, data, seed, every=max(1, steps // 40),
+        long = run(LONG | {"steps": steps}, data, seed, every=max(1, steps // 20),
                    seconds=base["seconds"])
         found = {"classic": base, "fast": ours, "same seconds": long}
         for name, result in found.items():
