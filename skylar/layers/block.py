@@ -43,7 +43,7 @@ class Block(nn.Module):
         self.pre_norm, self.scale = config.pre_norm, config.residual_multiplier
 
     def forward(self, x: Tensor,  # (B, T, D) the residual stream
-                inputs=None, cache=None,  # for attention; None: inputs are prepared here
+                inputs=None, cache=None,  # for attention; None: prepared here
                 ) -> Tensor:  # (B, T, D)
         if self.pre_norm:
             x = self.add(x, self.self_attn(self.input_layernorm(x), inputs, cache))

@@ -83,10 +83,7 @@ class ScaledConfig:
 # %% ../../../nbs/library/family_granite.ipynb #06df2c74
 @dataclass(frozen=True, kw_only=True)
 class GraniteConfig:
-    """Granite (IBM 2024): Llama with muP's multipliers; the defaults are Granite 3's 2B sizes.
-
-    `ValueError` names what does not fit. transformers needs `d_model` divisible by `n_heads`.
-    """
+    "Granite (IBM 2024): Llama with muP's multipliers; the defaults are Granite 3's 2B sizes."
 
     vocab_size: int = 49_155  # V
     d_model: int = 2048  # D
