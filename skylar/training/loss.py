@@ -127,9 +127,9 @@ def _whole(weight: Tensor) -> Tensor:
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError(
-            f"the LM head's weight is a shard of {weight.device_mesh.size()} "
-            "processes, and its gradient here would miss the others' targets: compute the "
-            "loss in the forward of the module given to fully_shard last (the objective)")
+            f"the LM head's weight is a shard of {weight.device_mesh.size()} processes"
+            ", and its gradient here would miss the others' targets: compute the loss "
+            "in the forward of the module given to fully_shard last (the objective)")
     return weight.full_tensor()
 
 # %% ../../nbs/01_gqa_rope/12_fused_loss.ipynb #9d8abb42
