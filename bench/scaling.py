@@ -11,9 +11,9 @@ steps in each of these ways, all with the Trainer's own `TrainStep` on batches o
 
 `ratio` is seconds(ddp or fsdp, twice the batch on two processes) / seconds(alone, one batch on
 one process): 1.0 means that sharing is free. `ratio_beside` compares with two runs that exchange
-nothing, `cpu_ratio` compares CPU time with that of `alone`. Ratios are medians over paired rounds. Memory is the growth of a process's peak resident
-set over training steps, measured in fresh processes; `state_mb` is what weights, gradients and
-moments need on paper.
+nothing, `cpu_ratio` compares CPU time with that of `alone`. Ratios are medians over paired
+rounds. Memory is the growth of a process's peak resident set over training steps, measured in
+fresh processes; `state_mb` is what weights, gradients and moments need on paper.
 
     python bench/scaling.py            # about 6 minutes; writes bench/results/scaling.json
     python bench/scaling.py --quick    # two rows, three rounds, writes no file; about 1 minute
@@ -100,8 +100,10 @@ def seconds_of(step, way: str, steps: int) -> tuple[float, float]:
     return tuple(took.tolist())
 
 
-def time_worker(case: dict, rounds: int, dtype: str) -> dict:
-    """Rounds of all ways in turn, the order reversed every other round."""
+def time_worker(case: dict, rounds: int, limit: float, dtype: str) -> dict:
+    """Rounds of all ways in turn, the order reversed every other round.
+
+    As many of `rounds` as fit into `limit` seconds, at least three."""
     steps = {way: step_of(case, way, dtype) for way in WAYS}
     warm = {}
     for way, step in steps.items():
@@ -109,7 +111,8 @@ def time_worker(case: dict, rounds: int, dtype: str) -> dict:
         warm[way], _ = seconds_of(step, way, 2)
     n = max(1, round(0.3 / max(warm.values())))
     found: dict = {way: [] for way in WAYS}
-    for i in range(rounds):
+    a_round = n * sum(warm.values())  # the same on both ranks: times are those of the slower one
+    for i in range(max(3, min(rounds, int(limit / a_round)))):
         for way in WAYS if i % 2 == 0 else WAYS[::-1]:
             found[way].append(seconds_of(steps[way], way, n))
     return found
@@ -170,9 +173,9 @@ def ratio(times: dict, way: str, base: str, clock: int = 0) -> dict:
     return {"median": round(quartiles[1], 3), "quartiles": [round(q, 3) for q in quartiles]}
 
 
-def measure(case: dict, rounds: int, dtype: str) -> list[dict]:
+def measure(case: dict, rounds: int, limit: float, dtype: str) -> list[dict]:
     """A row for each way of one model."""
-    times = two_processes("time_worker", case, rounds, dtype)
+    times = two_processes("time_worker", case, rounds, limit, dtype)
     tokens, size = case["batch"] * case["seq_len"], count_parameters(config_of(case))
     rows = []
     for way in WAYS:
@@ -195,8 +198,9 @@ def measure(case: dict, rounds: int, dtype: str) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    parser.add_argument("--rounds", type=int, default=9, help="at most, of each model")
+    parser.add_argument("--limit", type=float, default=25, help="seconds of rounds a model")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, auto")
     parser.add_argument("--quick", action="store_true", help="two rows, three rounds, no file")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
@@ -208,7 +212,7 @@ def main():
         return two_processes("profile_worker", BASE, args.dtype)
     cases, rounds = (CASES[:2], 3) if args.quick else (CASES, args.rounds)
     start = time.perf_counter()
-    rows = [row for case in cases for row in measure(case, rounds, args.dtype)]
+    rows = [row for case in cases for row in measure(case, rounds, args.limit, args.dtype)]
     worst = max((r for r in rows if r["way"] == "fsdp"), key=lambda r: r["ratio"]["median"])
     summary = {"worst_fsdp_ratio": worst["ratio"]["median"], "target": TARGET,
                "met": worst["ratio"]["median"] <= TARGET,

@@ -1588,6 +1588,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'skylar/training/distributed.py'),
                                              'skylar.training.distributed.refuse_without_autocast': ( '01_gqa_rope/distributed.html#refuse_without_autocast',
                                                                                                       'skylar/training/distributed.py'),
+                                             'skylar.training.distributed.shard': ( '01_gqa_rope/distributed.html#shard',
+                                                                                    'skylar/training/distributed.py'),
                                              'skylar.training.distributed.share_input': ( '01_gqa_rope/distributed.html#share_input',
                                                                                           'skylar/training/distributed.py'),
                                              'skylar.training.distributed.share_matrices': ( '01_gqa_rope/distributed.html#share_matrices',

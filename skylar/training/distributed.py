@@ -26,7 +26,7 @@ from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
 __all__ = ['PLAN', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'Recomputed', 'recompute', 'share_input',
-           'share_matrices', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
+           'share_matrices', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class CopiedRun(SingleProcess):
@@ -58,20 +58,20 @@ def refuse_without_autocast(objective: nn.Module, args) -> None:
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #c7ec9e05
 class Recomputed:
-    "Mixed into a block's class: its activations are computed again for the backward pass."
+    "Mixed into a block's class: activations are computed again for the backward pass."
 
     def forward(self, *args):
         return checkpoint(super().forward, *args, use_reentrant=False)
 
 
 def recompute(block: nn.Module) -> None:
-    "Activation checkpointing for `block`, in place; names, copies and state stay as they are."
+    "Activation checkpointing for `block`, in place; names and state stay as they are."
     if not isinstance(block, Recomputed):
         kind = type(block)
         block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #b14db1ee
-PLAN = {  # by columns: each rank its heads or hidden units; by rows: sums over ranks follow
+PLAN = {  # by columns: each rank its heads or units; by rows: sums over ranks follow
     "self_attn.q_proj": ColwiseParallel, "self_attn.k_proj": ColwiseParallel,
     "self_attn.v_proj": ColwiseParallel, "self_attn.o_proj": RowwiseParallel,
     "mlp.gate_proj": ColwiseParallel, "mlp.up_proj": ColwiseParallel,
@@ -80,12 +80,13 @@ PLAN = {  # by columns: each rank its heads or hidden units; by rows: sums over 
 
 
 def share_input(mesh: DeviceMesh):
-    "A forward pre-hook: the gradients of the first input are added up once, not by layer."
+    "A forward pre-hook: gradients of the first input are added up once, not by layer."
     def hook(module, args):
         x = DTensor.from_local(args[0], mesh, (Replicate(),), run_check=False)
         return x, *args[1:]
     return hook
 
+# %% ../../nbs/01_gqa_rope/17_distributed.ipynb #ce59e7bd
 def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     """Tensor parallelism, block by block (Shoeybi et al. 2019).
 
@@ -93,10 +94,11 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     partial_gradients = []
     for block in model.layers:
         names, attention = dict(block.named_modules()), block.self_attn
-        heads = getattr(attention.config, "n_kv_heads", None) or attention.config.n_heads
+        config = attention.config
+        heads = getattr(config, "n_kv_heads", None) or config.n_heads
         if heads % mesh.size():
-            raise ValueError(f"tensor={mesh.size()} does not divide the {heads} key-value "
-                             "heads; give a divisor")
+            raise ValueError(f"tensor={mesh.size()} does not divide the {heads} "
+                             "key-value heads; give a divisor")
         plan = {name: style() for name, style in PLAN.items() if name in names}
         for part in {name.split(".")[0] for name in plan}:
             names[part].register_forward_pre_hook(share_input(mesh))
@@ -107,28 +109,31 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     return partial_gradients
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #ed928da9
-class ShardedRun:
-    "Fully sharded: every rank keeps a part of each weight, gradient and moment (FSDP2)."
+def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
+    "FSDP2 for every block, then for the rest: embedding, last norm and head."
+    share = partial(fully_shard, mesh=mesh)
+    policy = block_policy(config.gather_dtype)
+    for block in objective.model.model.layers:
+        share(block, reshard_after_forward=config.reshard, mp_policy=policy)
+    if config.gather_dtype != "float32":
+        objective.register_forward_pre_hook(refuse_without_autocast)
+    share(objective, reshard_after_forward=False)  # backward begins with them
 
-    def __init__(self, objective, mesh: DeviceMesh, config: ParallelConfig, rank: int, size: int):
-        decoder, shards = objective.model.model, mesh["replicas", "shards"]
-        self.tensor = mesh["tensor"] if config.tensor > 1 else None
-        partial_names = set()
-        if self.tensor is not None:
-            found = {id(p) for p in share_matrices(decoder, self.tensor)}
-            partial_names = {n for n, p in objective.named_parameters() if id(p) in found}
-        shard = partial(fully_shard, mesh=shards if config.replicas > 1 else mesh["shards"])
-        policy = block_policy(config.gather_dtype)
-        for block in decoder.layers:
-            shard(block, reshard_after_forward=config.reshard, mp_policy=policy)
-        if config.gather_dtype != "float32":
-            objective.register_forward_pre_hook(refuse_without_autocast)
-        shard(objective, reshard_after_forward=False)
+# %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8cb50c54
+class ShardedRun:
+    "Fully sharded: a rank keeps a part of each weight, gradient and moment (FSDP2)."
+
+    def __init__(self, objective, mesh: DeviceMesh, config: ParallelConfig, *ranks):
+        several, self.tensor, names = config.replicas > 1, mesh["tensor"], set()
+        if config.tensor > 1:
+            found = {id(p) for p in share_matrices(objective.model.model, self.tensor)}
+            names = {n for n, p in objective.named_parameters() if id(p) in found}
+        data = mesh["replicas", "shards"] if several else mesh["shards"]
+        shard(objective, data, config)  # makes new parameters
         self.forward, self.objective = objective, objective
-        self.partial = [p for n, p in objective.named_parameters() if n in partial_names]
-        group = shards._flatten("data").get_group() if config.replicas > 1 else (
-            mesh["shards"].get_group())
-        self.ranks = Ranks(rank=rank, size=size, group=group)
+        self.partial = [p for n, p in objective.named_parameters() if n in names]
+        group = (data._flatten("data") if several else data).get_group()
+        self.ranks = Ranks(*ranks, group=group)
 
     def sync_gradients(self, on: bool) -> None:
         self.objective.set_requires_gradient_sync(on)
@@ -152,6 +157,7 @@ def check_parallel(c) -> None:
         raise ValueError("strategy='ddp' gathers no weights: gather_dtype is for "
                          "strategy='fsdp'")
 
+# %% ../../nbs/01_gqa_rope/17_distributed.ipynb #197b72b9
 def apply_parallel(c, objective: nn.Module, device: torch.device, seed: int):
     "Share `objective` among the processes: it is changed in place and put on `device`."
     for block in objective.model.model.layers:
@@ -176,10 +182,10 @@ class ParallelConfig:
     "How the processes that torchrun started share a run; alone it changes nothing."
 
     strategy: Literal["fsdp", "ddp"] = "fsdp"  # shard the model, or copy it
-    replicas: int = 1  # fsdp: copies of the model, each sharded over its own ranks (HSDP)
+    replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
     reshard: bool = True  # fsdp: free a block's weights after its forward pass (ZeRO-3)
-    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of blocks, while whole
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block
 
@@ -192,9 +198,10 @@ class ParallelConfig:
                                 mesh_dim_names=("replicas", "shards", "tensor"))
 
     def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
-        "Which of how many parts of the batches `rank` reads; `ValueError`: do not divide."
+        "Which of how many parts of the batches `rank` reads; may be refused."
         if world_size % (self.replicas * self.tensor):
             raise ValueError(
-                f"{world_size} processes do not divide by replicas={self.replicas} times "
-                f"tensor={self.tensor}; start another number, or change one of them")
+                f"{world_size} processes do not divide by replicas={self.replicas} "
+                f"times tensor={self.tensor}; start another number, or change one of "
+                "them")
         return rank // self.tensor, world_size // self.tensor
