@@ -201,6 +201,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9, help="at most, of each model")
     parser.add_argument("--limit", type=float, default=25, help="seconds of rounds a model")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16, auto")
+    parser.add_argument("--models", type=int, default=len(CASES), help="only the first so many")
     parser.add_argument("--quick", action="store_true", help="two rows, three rounds, no file")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
@@ -210,7 +211,7 @@ def main():
         return work(*json.loads(args.worker))
     if args.profile:
         return two_processes("profile_worker", BASE, args.dtype)
-    cases, rounds = (CASES[:2], 3) if args.quick else (CASES, args.rounds)
+    cases, rounds = (CASES[:2], 3) if args.quick else (CASES[:args.models], args.rounds)
     start = time.perf_counter()
     rows = [row for case in cases for row in measure(case, rounds, args.limit, args.dtype)]
     worst = max((r for r in rows if r["way"] == "fsdp"), key=lambda r: r["ratio"]["median"])
