@@ -49,6 +49,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_smollm2_the_rows_that_llama_cpp_permuted",
         "test_the_test_preset_opens_where_skylar_is_not_installed",
     },
+    "test_many_devices": {"test_compiled_block_by_block_under_fsdp"},
     "test_muon": {
         "test_muon_of_each_ranks_own_part_is_another_optimizer",
         "test_owners_make_bfloat16_as_exact_as_its_gradients",
