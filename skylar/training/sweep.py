@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRIC', 'changed', 'seeded', 'run_value', 'forget_weights', 'paired_difference', 'Trial', 'read_trials',
            'check_same_table', 'ablate', 'by_name', 'ablation_table', 'forest_plot', 'read_range', 'open_study',
-           'run_trial', 'search']
+           'run_trial', 'n_done', 'trial_line', 'search']
 
 # %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #8beb17c1
 import json
@@ -69,7 +69,7 @@ def run_value(
         raise ValueError(f"metric={metric!r}: no row has it; there are {known}")
     return values[-1]
 
-
+# %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #843bf015
 def forget_weights(out: Path) -> None:
     "A run whose value is known needs its checkpoints no more."
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
@@ -220,7 +220,7 @@ def open_study(out: Path, storage: str | None, seed: int):
         sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1))
 
-
+# %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #54935ded
 def run_trial(trial, base: Mapping, draw: Mapping, out: Path, metric: str) -> float:
     "One trial: settings drawn, a run trained, pruned if its metric is bad early."
     import optuna
@@ -242,7 +242,19 @@ def run_trial(trial, base: Mapping, draw: Mapping, out: Path, metric: str) -> fl
         raise optuna.TrialPruned
     return value
 
-# %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #54935ded
+# %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #386bd72d
+def n_done(study) -> int:
+    "Trials that were finished or pruned; one that was killed does not count."
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    return sum(state in ("COMPLETE", "PRUNED") for state in states)
+
+
+def trial_line(trial) -> str:
+    "Number, value and settings of a trial."
+    value = "pruned" if trial.state.name == "PRUNED" else f"{trial.value:.4f}"
+    return f"trial {trial.number}: {value}  {trial.params}"
+
+# %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #3b3e41a3
 def search(
     base: Mapping,  # settings of a RunConfig, nested
     space: Mapping[str, Any],  # dotted name -> range, see `read_range`
@@ -255,24 +267,18 @@ def search(
     report: Callable[[str], None] = print,
 ):  # the optuna.Study: best_params, best_value, trials
     "Search the settings with the lowest `metric`; a search that was stopped goes on."
+    check_int(1, trials=trials)
     out = Path(out)
     draw = {name: read_range(name, given) for name, given in space.items()}
-    check_int(1, trials=trials)
     out.mkdir(parents=True, exist_ok=True)
     study = open_study(out, storage, seed)
 
-    def done() -> bool:
-        states = [t.state.name for t in study.get_trials(deepcopy=False)]
-        return sum(state in ("COMPLETE", "PRUNED") for state in states) >= trials
-
     def tell(study, trial) -> None:
-        pruned = trial.state.name == "PRUNED"
-        value = "pruned" if pruned else f"{trial.value:.4f}"
-        report(f"trial {trial.number}: {value}  {trial.params}")
-        if done():
+        report(trial_line(trial))
+        if n_done(study) >= trials:
             study.stop()
 
-    if not done():
+    if n_done(study) < trials:
         run = partial(run_trial, base=base, draw=draw, out=out, metric=metric)
         study.optimize(run, callbacks=[tell])
     return study
