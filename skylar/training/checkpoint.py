@@ -359,7 +359,9 @@ def save_due(checkpoints: CheckpointManager) -> None:
 
 @contextmanager
 def finish_saves(checkpoints: CheckpointManager | None):
-    "At the end wait for the background; its error is raised unless there is another one."
+    """At the end save the last step, and wait for the background.
+
+    Its error is raised unless there is another one, with which nothing more is saved."""
     saver = checkpoints.saver if checkpoints else None
     try:
         yield
@@ -367,5 +369,7 @@ def finish_saves(checkpoints: CheckpointManager | None):
         if saver:
             saver.wait(quietly=True)
         raise
+    if checkpoints:
+        checkpoints.save()
     if saver:
         saver.wait()

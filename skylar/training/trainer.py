@@ -340,15 +340,13 @@ class Trainer:
 
         `resume`: go on from the newest checkpoint, if there is one. `extend`: allow a
         config with more steps or minutes than the checkpoint's. Returns the metrics."""
-        saving = finish_saves(self.checkpoints)  # waits for what is being written
+        saving = finish_saves(self.checkpoints)  # saves the last step, and waits
         with StopSignals() as stop, ProgressReporter(self.quiet) as report, saving:
             if self.progress.step == 0:  # called again it goes on in memory
                 seed_everything(self.config.seed + self.train_step.ranks.rank)
                 if self.checkpoints:
                     self.checkpoints.begin(resume, extend, report.say)
             take_steps(self, report, stop)
-            if self.checkpoints:
-                self.checkpoints.save()
             self.interrupted = stop.received
             if self.progress.done < 1:
                 why = f"signal {stop.received}" if stop.received else "a callback"

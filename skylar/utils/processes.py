@@ -172,10 +172,7 @@ class MainFailed(OSError):
 
 
 def background_group():
-    """A gloo group of all processes for a background thread; None if there is one process.
-
-    Two threads that use one group mix up their collectives: each rank may start them in
-    another order. All processes call this together."""
+    "Of all processes, for a background thread: in one group, threads mix up collectives."
     return dist.new_group(backend="gloo") if _several() else None
 
 
