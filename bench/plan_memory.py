@@ -3,7 +3,7 @@
     python bench/plan_memory.py          # all shapes; minutes
     python bench/plan_memory.py --dry    # the first shape, prints, writes no file
 
-Predicted: the most bytes of tensors at one time in a simulated step (`skylar.training.plan`).
+Predicted: the most bytes of tensors at one time in a simulated step (`skylar.training.planner`).
 Measured: the resident high-water mark of a process that takes two real steps, above what it held
 before it built the model; glibc returns freed memory (see `measure`). With several processes the
 largest of them. `default_malloc` is the same with glibc's own thresholds, for two shapes. Linux
@@ -17,7 +17,7 @@ from unittest import mock
 from common import record
 
 from skylar.training import plan
-from skylar.training.plan import measure, predict
+from skylar.training.planner import measure, predict
 from skylar.training.run import LoaderConfig, RunConfig, build_config
 
 

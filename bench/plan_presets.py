@@ -12,7 +12,7 @@ import re
 import yaml
 from common import ROOT, record
 
-from skylar.training.plan import Plan, plan_row, predict, verdict
+from skylar.training.planner import Plan, plan_row, predict, verdict
 from skylar.training.run import RunConfig, build_config
 
 

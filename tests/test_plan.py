@@ -15,13 +15,11 @@ from skylar.cli import main
 from skylar.models.decoder import count_parameters, flops_per_token
 from skylar.models.presets import PRESETS, get_config
 from skylar.training.distributed import ParallelConfig
-from skylar.training.plan import (
+from skylar.training.plan import MemoryLedger, ScalingLaw, fit_scaling_law, training_hours
+from skylar.training.planner import (
     GIB,
-    MemoryLedger,
-    ScalingLaw,
     at_depth,
     find_plan,
-    fit_scaling_law,
     make_plan,
     measure,
     mesh_of,
@@ -31,7 +29,6 @@ from skylar.training.plan import (
     predict,
     simulate,
     simulate_any_depth,
-    training_hours,
     verdict,
 )
 from skylar.training.run import LoaderConfig, RunConfig, TrainConfig, build_config

@@ -58,4 +58,6 @@ class TextSamples:
 def text_samples(run) -> tuple:
     "The callback that a run asks for, if any."
     config = run.config.sample
-    return (TextSamples(config, run.tokenizer, run.out / "samples.jsonl"),) if config.every else ()
+    if not config.every:
+        return ()
+    return (TextSamples(config, run.tokenizer, run.out / "samples.jsonl"),)

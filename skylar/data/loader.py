@@ -204,10 +204,10 @@ def _check_sizes(batch_size: int, rank: int, world_size: int, prefetch: int) -> 
 class PackedLoader:
     """Endless batches of windows of T tokens, reshuffled every epoch, resumable exactly.
 
-    Gives dicts of (B, T) int64 `input_ids`, `labels` (-100: no target), `document_ids` and
-    `position_ids`. All ranks together hand out one global sequence of samples; the state is
-    the index of the next one. With `shuffle=False`, `len(loader)` batches are one pass with
-    every target once: a smaller last batch, a padded last window. `ValueError`: bad sizes."""
+    Gives (B, T) int64 `input_ids`, `labels` (-100: none), `document_ids`, `position_ids`.
+    All ranks together hand out one global sequence of samples; the state is the index of
+    the next one. With `shuffle=False`, `len(loader)` batches are one pass, every target once:
+    a smaller last batch, a padded last window. `ValueError`: bad sizes."""
 
     def __init__(self, dataset: ShardDataset, *,
                  batch_size: int,  # B: windows per step on this rank
@@ -219,8 +219,8 @@ class PackedLoader:
                  prefetch: int = 2):  # batches prepared ahead in a thread; 0 = none
         _check_sizes(batch_size, rank, world_size, prefetch)
         order = getattr(dataset, "order", partial(WindowOrder, n_tokens=dataset.n_tokens))
-        self.order = order(seq_len=seq_len, seed=seed, shuffle=shuffle,
-                           random_offsets=random_offsets)  # a streamed dataset has its own
+        self.order = order(  # a streamed dataset has its own
+            seq_len=seq_len, seed=seed, shuffle=shuffle, random_offsets=random_offsets)
         self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
         self.n_windows = self.order.n_windows

@@ -18,22 +18,21 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from ..utils.checks import check_choice, check_int
 from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'Recomputed', 'recompute', 'share_input',
-           'share_matrices', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
+__all__ = ['PLAN', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'shard',
+           'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
     """An objective and a parameter that no forward pass uses.
 
-    DDP must look for unused parameters, since an objective may have some (a second head,
-    an expert without tokens), and warns at a step that has none. Here every step has one."""
+    DDP must look for unused parameters, since an objective may have some (a second
+    head), and warns at a step that has none. Here every step has one."""
 
     def __init__(self, objective: nn.Module):
         super().__init__()
@@ -74,18 +73,7 @@ def refuse_without_autocast(objective: nn.Module, args) -> None:
                          "train.dtype='bfloat16', or gather in float32")
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #c7ec9e05
-class Recomputed:
-    "Mixed into a block's class: activations are computed again for the backward pass."
-
-    def forward(self, *args):
-        return checkpoint(super().forward, *args, use_reentrant=False)
-
-
-def recompute(block: nn.Module) -> None:
-    "Activation checkpointing for `block`, in place; names and state stay as they are."
-    if not isinstance(block, Recomputed):
-        kind = type(block)
-        block.__class__ = type(f"Recomputed{kind.__name__}", (Recomputed, kind), {})
+from ..utils.recompute import Recomputed, recompute
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #b14db1ee
 PLAN = {  # by columns: each rank its heads or units; by rows: sums over ranks follow

@@ -25,7 +25,7 @@ from ..utils.processes import agree, gather_objects, is_main_process, launched_w
 
 # %% auto #0
 __all__ = ['GuardConfig', 'LossSpikes', 'StepRecord', 'gradient_norms', 'everyone', 'plain', 'describe', 'sample_index',
-           'samples_of_rank', 'Guard']
+           'samples_of_rank', 'AnomalyLog', 'after_step', 'way_back', 'roll_back', 'BatchNotes', 'look', 'Guard']
 
 # %% ../../nbs/library/guard.ipynb #3c7448f8
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class LossSpikes:
         self.count.fill_(state["count"])
         if len(state["recent"]) == len(self.recent):  # else the rule is new, or another one
             values = [math.nan if v is None else v for v in state["recent"]]
-            self.recent, self.seen = torch.tensor(values, device=self.count.device), state["seen"]
+            self.recent = torch.tensor(values, device=self.count.device)
+            self.seen = state["seen"]
 
 # %% ../../nbs/library/guard.ipynb #4330fc8b
 class StepRecord(NamedTuple):
@@ -152,30 +153,89 @@ def samples_of_rank(loader, begin: int | None, end: int | None) -> list[int] | N
     first = begin + getattr(loader, "rank", 0) * size
     return [first, min(first + size, end) - 1]
 
-# %% ../../nbs/library/guard.ipynb #089cfdbe
-class Guard:
-    "Decides which steps move the weights, keeps what it saw, and rolls a run back."
+# %% ../../nbs/library/guard.ipynb #3ddd094a
+class AnomalyLog:
+    "The rows of anomalies.jsonl: in memory, and in the file if there is a path."
 
-    def __init__(self, config: GuardConfig, counter, objective: nn.Module, ranks):
-        self.config, self.counter, self.ranks = config, counter, ranks
-        counter.limit = config.max_nonfinite_steps or counter.limit
-        self.names = {id(p): name for name, p in objective.named_parameters()}
-        device = counter.skipped.device
-        self.spikes = LossSpikes(config.spike_factor, config.spike_window, device)
+    def __init__(self):
+        self.rows: list[dict] = []
+        self.path: Path | None = None
+
+    def write(self, rows: list[dict], anew: bool = False) -> None:
+        "More rows; `anew`: write the file again."
+        self.rows += rows
+        if self.path is None or not (rows or anew) or not is_main_process():
+            return
+        anew = anew or len(rows) == len(self.rows)  # of a start that was killed
+        text = "".join(json.dumps(row) + "\n" for row in (self.rows if anew else rows))
+        if anew:
+            return atomic_write(self.path, text)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def cut(self, n: int) -> None:
+        "Rows after the first `n` are dropped: a resumed run writes them again."
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.rows = [json.loads(line) for line in lines[:n]]
+            self.write([], anew=True)
+
+# %% ../../nbs/library/guard.ipynb #8981b65d
+def after_step(guard: "Guard", trainer, say: Callable[[str], None]) -> bool:
+    """Look, where the host waits anyway. True: the run was rolled back.
+
+    `ValueError`: too many steps in a row were not finite, and there is no way back."""
+    progress, config = trainer.progress, trainer.config
+    evaluates = trainer.eval_loader is not None and progress.due(config.eval_every)
+    if not (evaluates or progress.due(config.log_every) or progress.due(config.save_every)):
+        return False
+    guard.look()
+    if int(guard.counter.longest) < guard.counter.limit:
+        return False
+    place = None
+    if guard.rollbacks < guard.config.rollback:
+        place = way_back(guard, trainer.checkpoints)
+    if place is None:
+        again = f" (after {guard.rollbacks} roll-backs)" if guard.rollbacks else ""
+        guard.counter.check(progress.step, again)
+    roll_back(guard, trainer, place, say)
+    return True
+
+
+def way_back(guard: "Guard", checkpoints) -> Path | None:
+    "The newest checkpoint from before the first bad step, or None."
+    if checkpoints.saver:
+        checkpoints.saver.wait()  # what is being written now may be the one
+    steps = [int(p.name.partition("-")[2]) for p in list_checkpoints(checkpoints.folder)]
+    step = int(agree(max((s for s in steps if s < guard.failed_at), default=-1))[0])
+    return checkpoints.folder / f"step-{step:06d}" if step >= 0 else None
+
+
+def roll_back(guard: "Guard", trainer, place: Path, say: Callable[[str], None]) -> None:
+    "Go on from `place` with later data and other random numbers."
+    manager, progress, at = trainer.checkpoints, trainer.progress, trainer.progress.step
+    kept = guard.rollbacks + 1, guard.log.rows
+    clock = progress.before, progress.time_done
+    manager.load(place, extend=True, data=False)
+    manager.cut_metrics()
+    progress.before, progress.time_done = clock  # what it took has been spent
+    (guard.rollbacks, guard.log.rows), guard.failed_at = kept, math.inf
+    seed_everything(trainer.config.seed + guard.ranks.rank + 1_000_003 * guard.rollbacks)
+    guard.log.write([{"step": at, "event": "rollback", "to_step": progress.step,
+                 "loader": sample_index(trainer.loader), "rollbacks": guard.rollbacks}], True)
+    manager.saved_step = None
+    manager.save()
+    say(f"not finite {guard.counter.limit} times in a row: rolled back from step {at} to "
+        f"{progress.step}, goes on with later data ({guard.rollbacks} of "
+        f"{guard.config.rollback})")
+
+# %% ../../nbs/library/guard.ipynb #a2094ede
+class BatchNotes:
+    "Which samples the micro-batches of a step have, and their losses."
+
+    def __init__(self):
         self.drawn: deque = deque()  # samples of the batches handed out, until they are used
         self.micro_batches: list = []  # of the step that goes on
-        self.records: deque[StepRecord] = deque(maxlen=1000)  # since somebody looked
-        self.anomalies: list[dict] = []  # rows of anomalies.jsonl
-        self.path: Path | None = None
-        self.rollbacks, self.streak = 0, []  # streak: steps not finite, in a row, until now
-        self.failed_at: float = math.inf  # first step of a streak that was too long
-
-    def attach(self, out_dir: Path | None, save_every: int) -> None:
-        "Where to write; `ValueError` for roll-backs in a run that saves nothing."
-        self.path = out_dir and out_dir / "anomalies.jsonl"
-        if self.config.rollback and not (out_dir and save_every):
-            raise ValueError(f"rollback={self.config.rollback} needs checkpoints; give the run "
-                             "a folder (out_dir) and save_every above 0")
 
     def note(self, batches: Iterable[dict], loader) -> Iterator[dict]:
         "The same batches; which samples they are is kept until they have been used."
@@ -191,6 +251,53 @@ class Guard:
         samples = self.drawn.popleft() if self.drawn else None
         self.micro_batches.append((loss_sum.detach(), samples))
 
+    def take(self) -> list:
+        "Those of the step that has ended."
+        taken, self.micro_batches = self.micro_batches, []
+        return taken
+
+# %% ../../nbs/library/guard.ipynb #5e46c74e
+def look(guard: "Guard") -> None:
+    "Read what has been kept, and write down what was left out. Here the host waits."
+    records, rows = list(guard.records), []
+    guard.records.clear()
+    if not records:
+        return
+    flags = torch.stack([torch.stack([r.finite, r.keep]) for r in records]).tolist()
+    left_out = agree(*(not keep for _, keep in flags))  # nobody describes alone
+    for record, (finite, _), bad in zip(records, flags, left_out):
+        rows += [describe(record)] if bad else []
+        guard.streak = [] if finite else [*guard.streak, record.step]
+        if len(guard.streak) == guard.counter.limit:
+            guard.failed_at = min(guard.failed_at, guard.streak[0])
+    guard.log.write(rows)
+
+# %% ../../nbs/library/guard.ipynb #089cfdbe
+class Guard:
+    "Decides which steps move the weights, keeps what it saw, and rolls a run back."
+
+    look, after_step = look, after_step  # above
+
+    def __init__(self, config: GuardConfig, counter, objective: nn.Module, ranks):
+        self.config, self.counter, self.ranks = config, counter, ranks
+        counter.limit = config.max_nonfinite_steps or counter.limit
+        self.names = {id(p): name for name, p in objective.named_parameters()}
+        device = counter.skipped.device
+        self.spikes = LossSpikes(config.spike_factor, config.spike_window, device)
+        self.notes = BatchNotes()
+        self.note, self.micro_batch = self.notes.note, self.notes.micro_batch
+        self.records: deque[StepRecord] = deque(maxlen=1000)  # since somebody looked
+        self.log = AnomalyLog()
+        self.rollbacks, self.streak = 0, []  # streak: steps not finite, in a row, until now
+        self.failed_at: float = math.inf  # first step of a streak that was too long
+
+    def attach(self, out_dir: Path | None, save_every: int) -> None:
+        "Where to write; `ValueError` for roll-backs in a run that saves nothing."
+        self.log.path = out_dir and out_dir / "anomalies.jsonl"
+        if self.config.rollback and not (out_dir and save_every):
+            raise ValueError(f"rollback={self.config.rollback} needs checkpoints; give the run "
+                             "a folder (out_dir) and save_every above 0")
+
     def decide(self, step: int, finite: Tensor, loss: Tensor, grad_norm: Tensor,
                params: list[nn.Parameter]) -> Tensor:
         "Whether this step moves the weights, as a tensor; the gradients are those of `params`."
@@ -202,81 +309,13 @@ class Guard:
         self.records.append(StepRecord(
             step + 1, finite, keep, loss, median, grad_norm,
             gradient_norms([p.grad for p in graded]),
-            [self.names.get(id(p), "") for p in graded], self.micro_batches))
-        self.micro_batches = []
+            [self.names.get(id(p), "") for p in graded], self.notes.take()))
         return keep
 
-    def look(self) -> None:
-        "Read what has been kept, and write down what was left out. Here the host waits."
-        records, rows = list(self.records), []
-        self.records.clear()
-        if not records:
-            return
-        flags = torch.stack([torch.stack([r.finite, r.keep]) for r in records]).tolist()
-        left_out = agree(*(not keep for _, keep in flags))  # nobody describes alone
-        for record, (finite, _), bad in zip(records, flags, left_out):
-            rows += [describe(record)] if bad else []
-            self.streak = [] if finite else [*self.streak, record.step]
-            if len(self.streak) == self.counter.limit:
-                self.failed_at = min(self.failed_at, self.streak[0])
-        self.write(rows)
-
-    def write(self, rows: list[dict], anew: bool = False) -> None:
-        "More rows of anomalies.jsonl; `anew`: write it again."
-        self.anomalies += rows
-        if self.path is None or not (rows or anew) or not is_main_process():
-            return
-        anew = anew or len(rows) == len(self.anomalies)  # of a start that was killed
-        text = "".join(json.dumps(row) + "\n" for row in (self.anomalies if anew else rows))
-        if anew:
-            return atomic_write(self.path, text)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-    def after_step(self, trainer, say: Callable[[str], None]) -> bool:
-        """Look, where the host waits anyway. True: the run was rolled back.
-
-        `ValueError`: too many steps in a row were not finite, and there is no way back."""
-        progress, config = trainer.progress, trainer.config
-        evaluates = trainer.eval_loader is not None and progress.due(config.eval_every)
-        if not (evaluates or progress.due(config.log_every) or progress.due(config.save_every)):
-            return False
-        self.look()
-        if int(self.counter.longest) < self.counter.limit:
-            return False
-        place = None
-        if self.rollbacks < self.config.rollback:
-            place = self.way_back(trainer.checkpoints)
-        if place is None:
-            again = f" (after {self.rollbacks} roll-backs)" if self.rollbacks else ""
-            self.counter.check(progress.step, again)
-        self.roll_back(trainer, place, say)
-        return True
-
-    def way_back(self, checkpoints) -> Path | None:
-        "The newest checkpoint from before the first bad step, or None."
-        if checkpoints.saver:
-            checkpoints.saver.wait()  # what is being written now may be the one
-        steps = [int(p.name.partition("-")[2]) for p in list_checkpoints(checkpoints.folder)]
-        step = int(agree(max((s for s in steps if s < self.failed_at), default=-1))[0])
-        return checkpoints.folder / f"step-{step:06d}" if step >= 0 else None
-
-    def roll_back(self, trainer, place: Path, say: Callable[[str], None]) -> None:
-        "Go on from `place` with later data and other random numbers."
-        manager, progress, at = trainer.checkpoints, trainer.progress, trainer.progress.step
-        kept, clock = (self.rollbacks + 1, self.anomalies), (progress.before, progress.time_done)
-        manager.load(place, extend=True, data=False)
-        manager.cut_metrics()
-        progress.before, progress.time_done = clock  # what it took has been spent
-        (self.rollbacks, self.anomalies), self.failed_at = kept, math.inf
-        seed_everything(trainer.config.seed + self.ranks.rank + 1_000_003 * self.rollbacks)
-        self.write([{"step": at, "event": "rollback", "to_step": progress.step,
-                     "loader": sample_index(trainer.loader), "rollbacks": self.rollbacks}], True)
-        manager.saved_step = None
-        manager.save()
-        say(f"not finite {self.counter.limit} times in a row: rolled back from step {at} to "
-            f"{progress.step}, goes on with later data ({self.rollbacks} of "
-            f"{self.config.rollback})")
+    @property
+    def anomalies(self) -> list[dict]:
+        "Rows of anomalies.jsonl."
+        return self.log.rows
 
     def row(self) -> dict[str, int]:
         "What a row of metrics says of it."
@@ -286,14 +325,10 @@ class Guard:
 
     def state_dict(self) -> dict:
         self.look()
-        return {"rollbacks": self.rollbacks, "anomalies": len(self.anomalies),
+        return {"rollbacks": self.rollbacks, "anomalies": len(self.log.rows),
                 "streak": self.streak, "spikes": self.spikes.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        "Rows of anomalies.jsonl after the checkpoint are dropped: they will be written again."
         self.rollbacks, self.streak = state["rollbacks"], state["streak"]
         self.spikes.load_state_dict(state["spikes"])
-        if self.path is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.anomalies = [json.loads(line) for line in lines[:state["anomalies"]]]
-            self.write([], anew=True)
+        self.log.cut(state["anomalies"])

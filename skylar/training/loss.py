@@ -149,7 +149,8 @@ def linear_cross_entropy(
     weight, device = _whole(weight), hidden.device.type
     valid = rows = labels != ignore_index
     labels, compiled = labels.where(valid, 0), torch.compiler.is_compiling()
-    if not compiled:  # a graph needs fixed shapes
+    compact = device == "cpu" and not compiled  # a GPU would wait to learn how many
+    if compact:
         hidden, labels, rows = hidden[valid], labels[valid], valid[valid]
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -158,7 +159,7 @@ def linear_cross_entropy(
     tile = (16, 2048) if device == "cpu" and not compiled else (256, len(weight))
     loss = loss_fn.apply(
         hidden, weight, labels[:, None], weights, dtype, chunk, tile, z_loss, softcap)
-    if reduction == "none" and not compiled:  # back to where the rows were
+    if reduction == "none" and compact:  # back to where the rows were
         loss = loss.new_zeros(valid.shape).masked_scatter(valid, loss)
     return loss, valid.sum()
 

@@ -63,7 +63,8 @@ def lr_range(
     train = replace(run.config.train, steps=steps, minutes=None, log_every=1, eval_every=0,
                     save_every=0, max_nonfinite_steps=steps + 1)
     schedule = RangeSchedule(first=min_lr / peak, last=max_lr / peak)
-    rows = run.trainer(train, schedule=schedule, guard=None, callbacks=[watch], quiet=True).train()
+    trainer = run.trainer(train, schedule=schedule, guard=None, callbacks=[watch], quiet=True)
+    rows = trainer.train()
     good = [row for row in rows if row["loss"] is not None]
     rates, losses = [row["lr"] for row in good], [row["loss"] for row in good]
     return {"lr": rates, "loss": losses} | suggest(rates, losses)

@@ -41,10 +41,9 @@ def _methods(callbacks: Iterable, name: str) -> list[Callable]:
 
 # %% ../../nbs/library/metrics.ipynb #9af3d536
 class MetricsLogger:
-    """Means since the last row: in memory, in metrics.jsonl, and for every callback.
-
-    One that returns True asks for the run to stop. `on_step(output, seconds)` of a callback
-    is called each step, and `measure(row, seconds)` gives what to add to the row."""
+    """Means since the last row: in memory, in metrics.jsonl, and for callbacks. These may have
+    `on_step(output, seconds)`, called each step, and `measure(row, seconds)`, which gives
+    what to add to a row; one that returns True for a row asks the run to stop."""
 
     def __init__(self, path: Path | None = None, callbacks: Iterable[Callable] = ()):
         self.path = path if is_main_process() else None  # one of several processes writes

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from ..models.decoder import as_decoder, forward_flops
-from .distributed import Recomputed
 from .trackers import Trackers, check_trackers
 from ..utils.checks import check_positive
 from ..utils.devices import peak_memory, reset_peak_memory
 from ..utils.processes import agree, gather_objects, is_main_process, rank_and_size
 from ..utils.processes import total_norm
+from ..utils.recompute import Recomputed
 
 # %% auto #0
 __all__ = ['DATASHEET', 'training_flops', 'matmul_rate', 'measured_peak', 'datasheet_flops', 'TimedLoader', 'StepClock',

@@ -78,8 +78,7 @@ class ProgressReporter:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet or not is_main_process()  # one of several processes reports
-        self.next_line, self.bar = 0.0, None
-        self.start: tuple[float, float] | None = None  # (time, share done) at the first step
+        self.next_line, self.bar, self.start = 0.0, None, None  # start: (time, share done)
 
     def __enter__(self):
         if not self.quiet and sys.stdout.isatty():
@@ -97,7 +96,7 @@ class ProgressReporter:
     def _safely(self, show, *args, **kwargs) -> None:
         try:
             show(*args, **kwargs)
-        except (OSError, ValueError):  # the terminal is gone, or stdout is closed
+        except (OSError, ValueError):  # no terminal any more, or stdout is closed
             self.quiet, self.bar = True, None
 
     def seconds_left(self, done: float) -> float | None:

@@ -108,7 +108,7 @@ class LoaderConfig:
     shuffle: bool = True  # false: in the order of the corpus
     prefetch: int = 2  # batches prepared ahead in a thread; 0: none
 
-
+# %% ../../nbs/library/runs.ipynb #0ad23faa
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     "A text that the model writes now and then, to look at; it changes nothing in the run."
@@ -416,7 +416,7 @@ def model_of(config: RunConfig, tokenizer) -> tuple[Any, CausalLM | None]:
         raise ValueError(f"{config.data} was made with another tokenizer than {config.init}; "
                          "make it again with the tokenizer of that model")
     if config.mup.on and not hasattr(model.config, "plain"):
-        raise ValueError(f"init={config.init!r} has no multipliers for mup.*; leave mup out, or "
+        raise ValueError(f"init={config.init!r} has no multipliers for mup.*; leave mup out, "
                          "start from a run that was trained with it")
     return model.config, model
 
@@ -430,7 +430,8 @@ def fetch_run(config: RunConfig) -> None:
     if config.upload is None:
         return
     if not is_remote(config.upload):
-        raise ValueError(f"upload={config.upload!r} is no URL; give one such as s3://bucket/run")
+        raise ValueError(f"upload={config.upload!r} is no URL; give one such as "
+                         "s3://bucket/run")
     remote, out = RemoteFolder(config.upload), Path(config.out or "").expanduser()
     if remote.exists("checkpoints/latest") and not (config.out and has_checkpoint(out)):
         if not config.resume:
@@ -456,7 +457,7 @@ def check_sampling(config: RunConfig) -> None:
                          "process; add --parallel.strategy ddp, or leave it out and use "
                          "`skylar generate` on the run's checkpoints")
 
-
+# %% ../../nbs/library/runs.ipynb #b256d09a
 def make_data(config: RunConfig) -> None:
     "Make the data folder from its corpus, unless it is complete."
     if is_remote(config.data) and config.corpus != CorpusConfig():
@@ -536,7 +537,7 @@ def write_description(run: Run) -> None:
     atomic_write(run.out / "config.yaml", text)
     append_metrics(run.out / "starts.jsonl", {"time": now(), **record_of(run)})
 
-
+# %% ../../nbs/library/runs.ipynb #d9ecc92b
 def save_tokenizer(out: Path, tokenizer) -> None:
     "The tokenizer in a run folder: whole or not at all."
     place = out / "tokenizer"

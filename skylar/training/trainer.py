@@ -31,9 +31,9 @@ from ..utils.processes import SingleProcess, agree, launched_world_size
 from ..utils.processes import local_device, total_norm
 
 # %% auto #0
-__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'TrainStep',
-           'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'default_of', 'run_settings', 'asked_to_stop',
-           'take_steps', 'Trainer']
+__all__ = ['SIGNALS', 'StopSignals', 'TrainConfig', 'StepOutput', 'check_master_weights', 'NonfiniteCounter', 'update',
+           'TrainStep', 'cycle', 'check_ranks', 'checked_batches', 'check_parts', 'default_of', 'run_settings',
+           'asked_to_stop', 'take_steps', 'Trainer']
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c041
 SIGNALS = "SIGINT SIGTERM SIGHUP SIGBREAK SIGUSR1 SIGUSR2 SIGXCPU".split()
@@ -54,6 +54,10 @@ class StopSignals:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+
+    @property
+    def name(self) -> str:
+        return f"signal {self.received}" if self.received else "a callback"
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -146,6 +150,19 @@ class NonfiniteCounter:
 
 
 
+# %% ../../nbs/00_transformer/15_training_loop.ipynb #a0bdc575
+def update(optimizer, grads: list[Tensor], divisor: Tensor, keep: Tensor) -> None:
+    "Divide the gradients and move the weights, if `keep` is true."
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # it is fused
+        optimizer.grad_scale = divisor.float()
+        optimizer.found_inf = (~keep).float()
+        optimizer.step()
+        optimizer.grad_scale = optimizer.found_inf = None
+    elif keep:  # the host waits
+        torch._foreach_div_(grads, divisor)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #5a0bddd5
 class TrainStep:
     "Micro-batches in, one update of the weights out; the host does not wait for the device."
@@ -178,7 +195,7 @@ class TrainStep:
         mean = loss_sum / n_valid.clamp(min=1)
         keep = self.guard.decide(step, finite, mean, norm, self.params)
         clip = ((self.config.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
-        self.update(grads, count / clip, keep)
+        update(self.optimizer, grads, count / clip, keep)
         loss, *others = ((total.where(finite, 0), n.where(finite, 0))
                          for total, n in ((loss_sum, n_valid), *metrics.values()))
         metrics = dict(zip(metrics, others))
@@ -199,18 +216,6 @@ class TrainStep:
                 metrics[name] = have[0] + total, have[1] + count
         self.parallel.finish_gradients()
         return self.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
-
-    def update(self, grads: list[Tensor], divisor: Tensor, keep: Tensor) -> None:
-        "Divide the gradients and move the weights, if the guard says so."
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # it is fused
-            self.optimizer.grad_scale = divisor.float()
-            self.optimizer.found_inf = (~keep).float()
-            self.optimizer.step()
-            self.optimizer.grad_scale = self.optimizer.found_inf = None
-        elif keep:  # the host waits
-            torch._foreach_div_(grads, divisor)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c052
 def cycle(loader: Iterable[dict]) -> Iterator[dict]:
@@ -317,8 +322,7 @@ class Trainer:
         bytes_per_token: float | None = None,  # text bytes for each validation target
         metadata: dict | None = None,  # JSON-able, kept in every checkpoint
         callbacks: Iterable[Callable] = (),  # each gets the rows; True saves and stops
-        quiet: bool = False,
-    ):
+        quiet: bool = False):
         config, optimizer = config or TrainConfig(), optimizer or AdamWConfig()
         schedule = schedule or ScheduleConfig()
         check_parts(objective, loader, config, optimizer, schedule, parallel)
@@ -349,8 +353,7 @@ class Trainer:
             take_steps(self, report, stop)
             self.interrupted = stop.received
             if self.progress.done < 1:
-                why = f"signal {stop.received}" if stop.received else "a callback"
-                report.say(f"stopped by {why} after step {self.progress.step}")
+                report.say(f"stopped by {stop.name} after step {self.progress.step}")
         return self.metrics.rows
 
     def log(self, report: ProgressReporter) -> None:

@@ -121,6 +121,14 @@ def asset(
     raise FileNotFoundError(f"no assets/{name} in {here.name}/ or in a folder above it: open "
                             "the notebook inside a clone of the course")
 
+# %% ../../nbs/library/lesson.ipynb #510f0822
+def _next_answer(answers: queue.Queue, seconds: float = 300) -> tuple:
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return "any", None, "", (f"no answer for {seconds} s: do all ranks call the same "
+                                 "collectives in the same order?")
+
 # %% ../../nbs/library/lesson.ipynb #aac8a1bc
 class Workers:
     """`n` processes with one thread each that run functions of a notebook.
@@ -173,7 +181,7 @@ class Workers:
             process.stdin.flush()
         found = {}
         while len(found) < len(self.processes):
-            rank, result, said, error = self._next_answer()
+            rank, result, said, error = _next_answer(self.answers)
             if error:
                 self.close()
                 raise RuntimeError(f"rank {rank}: {error}")
@@ -181,13 +189,6 @@ class Workers:
         for rank, (_, said) in sorted(found.items()):
             print(textwrap.indent(said, f"[{rank}] "), end="")
         return [result for _, (result, _) in sorted(found.items())]
-
-    def _next_answer(self, seconds: float = 300) -> tuple:
-        try:
-            return self.answers.get(timeout=seconds)
-        except queue.Empty:
-            return "any", None, "", (f"no answer for {seconds} s: do all ranks call the same "
-                                     "collectives in the same order?")
 
 # %% ../../nbs/library/lesson.ipynb #c80a0518
 def _source(function: Callable) -> str:

@@ -86,8 +86,9 @@ def place(objective: nn.Module, device: torch.device, seed: int) -> nn.Module:
     own = [n for n, _ in objective.named_parameters() if not n.startswith("model.")]
     owner = objective if own else objective.model
     if not hasattr(owner, "init_weights"):
-        raise ValueError(f"{(own or ['the model'])[0]} is on meta, and {type(owner).__name__} has "
-                         "no init_weights() to give it numbers; build it on a device")
+        what, kind = (own or ["the model"])[0], type(owner).__name__
+        raise ValueError(f"{what} is on meta, and {kind} has no init_weights() to give it "
+                         "numbers; build it on a device")
     objective.to_empty(device=device)
     torch.manual_seed(seed)
     with torch.no_grad(), WholeDraws():
@@ -190,7 +191,7 @@ def on_main(function: Callable, *args, group=None) -> None:
     if failed:
         raise MainFailed("the main process failed; its message says why")
 
-
+# %% ../../nbs/library/processes.ipynb #a2069bd1
 def gather_objects(value: Any) -> list:
     "JSON-able `value` of every process, in order of rank, on every process."
     if not _several():

@@ -70,7 +70,8 @@ def retry(what: str, function: Callable, *args, attempts: int = 8, first_wait: f
 
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(attempts), before_sleep=tell,
-        wait=tenacity.wait_exponential(first_wait, max=30) + tenacity.wait_random(0, first_wait),
+        wait=(tenacity.wait_exponential(first_wait, max=30)
+              + tenacity.wait_random(0, first_wait)),
         retry=tenacity.retry_if_exception(is_worth_it))
     try:
         return retrying(function, *args)
@@ -87,6 +88,22 @@ def one_line(error: BaseException) -> str:
     "Kind and text of an error, in one line that is not too long."
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+# %% ../../nbs/library/remote.ipynb #8e5814a1
+def _download(files, path: str, target: Path, size: int | None, sha256: str | None) -> Path:
+    "One attempt."
+    handle, part = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
+    os.close(handle)
+    try:
+        files.get_file(path, part)
+        if size is not None and (n := os.path.getsize(part)) != size:
+            raise OSError(f"{n:,} bytes came, not {size:,}")
+        if sha256 is not None and sha256_file(part) != sha256:
+            raise OSError("the content is not what its SHA-256 says")
+        os.replace(part, target)
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return target
 
 # %% ../../nbs/library/remote.ipynb #a0ba7d84
 class RemoteFolder:
@@ -135,19 +152,4 @@ class RemoteFolder:
                  sha256: str | None = None) -> Path:
         "Copy a file to `target`, whole and as its hash says."
         target.parent.mkdir(parents=True, exist_ok=True)
-        return self._retry(name, self._download, name, target, size, sha256)
-
-    def _download(self, name: str, target: Path, size, sha256) -> Path:
-        handle, part = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part",
-                                        dir=target.parent)
-        os.close(handle)
-        try:
-            self.files.get_file(self.path(name), part)
-            if size is not None and (n := os.path.getsize(part)) != size:
-                raise OSError(f"{n:,} bytes came, not {size:,}")
-            if sha256 is not None and sha256_file(part) != sha256:
-                raise OSError("the content is not what its SHA-256 says")
-            os.replace(part, target)
-        finally:
-            Path(part).unlink(missing_ok=True)
-        return target
+        return self._retry(name, _download, self.files, self.path(name), target, size, sha256)
