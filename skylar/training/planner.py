@@ -28,6 +28,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import skylar
 from ..models.decoder import CausalLM, as_decoder, count_parameters
 from ..models.presets import get_config
 from .distributed import ParallelConfig
@@ -212,7 +213,8 @@ def as_settings(config: RunConfig) -> dict:
 def _run_child(jobs: list[dict], n: int = 1, **environment: str) -> list[list]:
     "The answers of `n` child processes."
     job = {"SKYLAR_PLAN": json.dumps(jobs)}
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    tree = str(Path(skylar.__file__).parents[1])
+    path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")])
     kept = {k: v for k, v in os.environ.items() if k not in _LAUNCH}
     start = [] if n == 1 else [
         "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
