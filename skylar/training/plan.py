@@ -212,6 +212,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+import skylar
 from ..models.decoder import CausalLM, as_decoder, count_parameters
 from ..models.presets import get_config
 from .distributed import ParallelConfig, recompute
@@ -383,7 +384,8 @@ def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool, shallow=(
 # %% ../../nbs/library/plans.ipynb #bae95d17
 _CHILD = "from skylar.training.plan import _answer; _answer()"
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-_LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+           "MASTER_PORT")
 
 
 def as_settings(config: RunConfig) -> dict:
@@ -394,7 +396,8 @@ def as_settings(config: RunConfig) -> dict:
 def _run_child(jobs: list[dict], n: int = 1, **environment: str) -> list[list]:
     "The answers of `n` child processes."
     job = {"SKYLAR_PLAN": json.dumps(jobs)}
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    tree = str(Path(skylar.__file__).parents[1])
+    path = os.pathsep.join([tree, os.environ.get("PYTHONPATH", "")])
     kept = {k: v for k, v in os.environ.items() if k not in _LAUNCH}
     start = [] if n == 1 else [
         "-m", "torch.distributed.run", f"--nproc-per-node={n}", "--rdzv-backend=c10d",
@@ -465,7 +468,8 @@ def measure(config: RunConfig, n_processes: int = 1) -> list[int]:
 # %% ../../nbs/library/plans.ipynb #f07f2744
 GIB = 2**30
 OVERHEAD, RESERVE_GIB = 1.05, 2.0  # allocator; driver, cuBLAS, NCCL: assumed for GPUs
-MESHES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512, 768, 1024)
+MESHES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 128, 160, 192, 256, 384, 512,
+          768, 1024)
 
 
 def free_memory() -> int:
