@@ -3,7 +3,7 @@
     python bench/plan_memory.py          # all shapes; minutes
     python bench/plan_memory.py --dry    # the first shape, prints, writes no file
 
-Predicted: the most bytes of tensors at one time in a simulated step (`skylar.training.plan`).
+Predicted: the most bytes of tensors at one time in a simulated step (`skylar.training.simulate`).
 Measured: the resident high-water mark of a process that takes two real steps, above what it held
 before it built the model; glibc returns freed memory (see `measure`). With several processes the
 largest of them. `default_malloc` is the same with glibc's own thresholds, for two shapes. Linux
@@ -16,9 +16,9 @@ from unittest import mock
 
 from common import record
 
-from skylar.training import plan
-from skylar.training.plan import measure, predict
+from skylar.training import simulate
 from skylar.training.run import LoaderConfig, RunConfig, build_config
+from skylar.training.simulate import measure, predict
 
 
 def shape(name: str, preset: str = "small", n: int = 1, B: int = 4, T: int = 256, **parts) -> tuple:
@@ -58,7 +58,7 @@ def row(name: str, run: RunConfig, n: int, unhelped: bool) -> dict:
     both = {"shape": name, "processes": n, "predicted_mb": round(peak / 1e6, 1),
             "measured_mb": round(found / 1e6, 1), "ratio": round(peak / found, 3)}
     if unhelped:
-        with mock.patch.object(plan, "_RETURN_MEMORY", {}):
+        with mock.patch.object(simulate, "_RETURN_MEMORY", {}):
             both["default_malloc_mb"] = round(max(measure(run, n)) / 1e6, 1)
     return both
 

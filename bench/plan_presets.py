@@ -12,8 +12,8 @@ import re
 import yaml
 from common import ROOT, record
 
-from skylar.training.plan import Plan, plan_row, predict, verdict
 from skylar.training.run import RunConfig, build_config
+from skylar.training.simulate import Plan, plan_row, predict, verdict
 
 
 def recipes() -> list[tuple[str, RunConfig, int, str]]:

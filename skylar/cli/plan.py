@@ -35,7 +35,7 @@ def plan(
     """
     from skylar.cli.commands import show
     from skylar.models.presets import PRESETS
-    from skylar.training.plan import find_plan, plan_row, verdict
+    from skylar.training.simulate import find_plan, plan_row, verdict
 
     given = settings.pop("config", None)
     plans = [find_plan(planned_run({**settings, "preset": name}, given), gpu, gpus,
@@ -56,7 +56,7 @@ def plan(
 def planned_run(settings: dict[str, Any], given: list | None):
     "The RunConfig of the flags; without a file, sequences no longer than the context."
     from skylar.cli.commands import run_config
-    from skylar.training.plan import model_config
+    from skylar.training.simulate import model_config
 
     config = run_config(settings, given)
     if not given and config.loader.seq_len == DEFAULTS["loader"]["seq_len"]:
