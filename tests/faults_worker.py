@@ -27,7 +27,7 @@ from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer, TrainStep
-from skylar.utils.processes import is_restarted, join_processes, leave_processes, rank_and_size
+from skylar.utils.processes import join_processes, leave_processes, rank_and_size, restart_count
 
 V, T, DOCUMENTS = 64, 8, 48
 
@@ -127,7 +127,7 @@ def elastic(words: list[str]) -> int:
     step_of = TrainStep.__call__
 
     def killing(self, batches, step, time_done=0.0):
-        if step == 8 and rank_and_size()[0] == 1 and not is_restarted():
+        if step == 8 and rank_and_size()[0] == 1 and not restart_count():
             os.kill(os.getpid(), signal.SIGKILL)
         return step_of(self, batches, step, time_done)
 

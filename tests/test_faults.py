@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from skylar.training.checkpoint import (
 )
 from skylar.training.run import load_run
 from skylar.training.trainer import TrainConfig, Trainer
-from skylar.utils.processes import is_restarted
+from skylar.utils.processes import restart_count
 
 HERE = Path(__file__).parent
 WORKER = HERE / "faults_worker.py"
@@ -555,7 +556,8 @@ def test_one_of_two_ranks_is_killed_and_torchrun_brings_the_run_back(tmp_path):
     pretrain(2, tmp_path / "whole")
     done = pretrain(2, tmp_path / "killed", "--train.save_every", "3",
                     start=(WORKER, "elastic"), options=["--max-restarts=1"])
-    assert "resumed at step 6" in done.stdout
+    resumed = re.search(r"resumed at step (\d+)", done.stdout)
+    assert resumed and resumed[1] in ("3", "6")  # that of 6 may not have been finished
     whole, killed = numbers(tmp_path / "whole"), numbers(tmp_path / "killed")
     assert whole == killed
     one, two = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "killed"))
@@ -563,8 +565,8 @@ def test_one_of_two_ranks_is_killed_and_torchrun_brings_the_run_back(tmp_path):
 
 
 def test_only_a_restart_by_torchrun_resumes_by_itself(tmp_path, monkeypatch):
-    assert not is_restarted()
+    assert not restart_count()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not is_restarted()
+    assert not restart_count()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert is_restarted()
+    assert restart_count() == 2
