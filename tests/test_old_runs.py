@@ -9,6 +9,7 @@ import torch
 
 from skylar.training.checkpoint import check_same
 from skylar.training.checkpoint_files import find_checkpoint
+from skylar.training.muon import OptimizerConfig
 from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig
 from skylar.training.trainer import TrainConfig, Trainer, default_of
@@ -99,4 +100,4 @@ def test_the_run_config_of_an_older_version(tmp_path):
     saved = build_config(RunConfig, old)
     check_run(saved, given, tmp_path)
     with pytest.raises(ValueError, match="optimizer.eps is 1e-08 .* but 0.001 now"):
-        check_run(saved, replace(given, optimizer=AdamWConfig(eps=1e-3)), tmp_path)
+        check_run(saved, replace(given, optimizer=OptimizerConfig(eps=1e-3)), tmp_path)

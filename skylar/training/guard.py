@@ -181,7 +181,7 @@ class AnomalyLog:
             self.write([], anew=True)
 
 # %% ../../nbs/library/guard.ipynb #8981b65d
-def after_step(guard: "Guard", trainer, say: Callable[[str], None]) -> bool:
+def after_step(guard: Guard, trainer, say: Callable[[str], None]) -> bool:
     """Look, where the host waits anyway. True: the run was rolled back.
 
     `ValueError`: too many steps in a row were not finite, and there is no way back."""
@@ -202,7 +202,7 @@ def after_step(guard: "Guard", trainer, say: Callable[[str], None]) -> bool:
     return True
 
 
-def way_back(guard: "Guard", checkpoints) -> Path | None:
+def way_back(guard: Guard, checkpoints) -> Path | None:
     "The newest checkpoint from before the first bad step, or None."
     if checkpoints.saver:
         checkpoints.saver.wait()  # what is being written now may be the one
@@ -211,7 +211,7 @@ def way_back(guard: "Guard", checkpoints) -> Path | None:
     return checkpoints.folder / f"step-{step:06d}" if step >= 0 else None
 
 
-def roll_back(guard: "Guard", trainer, place: Path, say: Callable[[str], None]) -> None:
+def roll_back(guard: Guard, trainer, place: Path, say: Callable[[str], None]) -> None:
     "Go on from `place` with later data and other random numbers."
     manager, progress, at = trainer.checkpoints, trainer.progress, trainer.progress.step
     kept = guard.rollbacks + 1, guard.log.rows
@@ -257,7 +257,7 @@ class BatchNotes:
         return taken
 
 # %% ../../nbs/library/guard.ipynb #5e46c74e
-def look(guard: "Guard") -> None:
+def look(guard: Guard) -> None:
     "Read what has been kept, and write down what was left out. Here the host waits."
     records, rows = list(guard.records), []
     guard.records.clear()

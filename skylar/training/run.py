@@ -55,8 +55,8 @@ from .upload import Uploader, download_run
 from ..utils.checks import check_int, check_positive, nearest
 from ..utils.devices import pick_device
 from ..utils.files import atomic_write, check_empty, directory_lock, read_json
-from ..utils.processes import is_main_process, is_restarted, join_processes
-from ..utils.processes import local_device, on_main, rank_and_size
+from ..utils.processes import is_main_process, join_processes, local_device
+from ..utils.processes import on_main, rank_and_size, restart_count
 from ..utils.remote import RemoteFolder, is_remote
 
 # %% ../../nbs/library/runs.ipynb #c004
@@ -368,7 +368,7 @@ def prepare_run(config: RunConfig) -> Run:
     """Check everything, cheapest first. Data that is missing is made, if a corpus is
     named. Raises `ValueError` or `OSError`, before anything is trained or written.
     After a restart by `torchrun --max-restarts` the run is resumed."""
-    if is_restarted():
+    if restart_count():
         config = replace(config, resume=True)
     if config.minutes is not None:
         train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
