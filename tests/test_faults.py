@@ -402,6 +402,8 @@ from faults_worker import build
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def limit(row):
     if row["step"] == 5:
+        if trainer.checkpoints.saver:
+            trainer.checkpoints.saver.wait()  # step 4 is whole before the limit comes
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 trainer = build(Path(sys.argv[1]), 5000, save_every=2, async_save={background})
 trainer.metrics.callbacks = (limit,)
@@ -442,6 +444,9 @@ def test_a_disk_that_fills_up_during_the_run(tmp_path, background):
                 "def fill(path, row):\n"
                 "    append(path, row)\n"
                 "    if row['step'] == 6:\n"
+                "        latest = path.parent / 'checkpoints' / 'latest'\n"
+                "        while not latest.exists() or 'step-000004' not in latest.read_text():\n"
+                "            pass  # until the save of step 4 is whole\n"
                 "        try:\n"
                 "            with open(path.parent / 'of others', 'wb', buffering=0) as file:\n"
                 "                while True:\n"
