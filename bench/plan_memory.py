@@ -16,7 +16,7 @@ from unittest import mock
 
 from common import record
 
-from skylar.training import plan
+from skylar.training import planner
 from skylar.training.planner import measure, predict
 from skylar.training.run import LoaderConfig, RunConfig, build_config
 
@@ -58,7 +58,7 @@ def row(name: str, run: RunConfig, n: int, unhelped: bool) -> dict:
     both = {"shape": name, "processes": n, "predicted_mb": round(peak / 1e6, 1),
             "measured_mb": round(found / 1e6, 1), "ratio": round(peak / found, 3)}
     if unhelped:
-        with mock.patch.object(plan, "_RETURN_MEMORY", {}):
+        with mock.patch.object(planner, "_RETURN_MEMORY", {}):
             both["default_malloc_mb"] = round(max(measure(run, n)) / 1e6, 1)
     return both
 

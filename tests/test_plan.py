@@ -135,7 +135,7 @@ def test_accumulation_keeps_gradients_while_the_next_micro_batch_runs():
 @linux
 @pytest.mark.parametrize("config", [
     run(B=16, T=256, blocks=4, model={"d_model": 192, "d_head": 48}),
-    run(B=24, T=256, blocks=6, recompute=True, train={"grad_accum_steps": 2},
+    run(B=12, T=256, blocks=4, recompute=True, train={"grad_accum_steps": 2},
         model={"d_model": 256, "d_head": 64, "d_ff": 768, "vocab_size": 4000})],
     ids=["plain", "recomputed, accumulated"])
 def test_within_ten_percent_of_measured_memory(config):
@@ -162,8 +162,7 @@ def test_the_stored_measurements_are_within_ten_percent():
 
 
 def test_a_plan_that_does_not_fit_says_why_and_what_was_seen_to_help():
-    config = run(B=2, T=2048, blocks=2, model={"d_model": 2048, "d_head": 512, "d_ff": 8192,
-                                               "n_layers": 24, "vocab_size": 4000})
+    config = run(B=2, T=4096, blocks=6, model={"d_model": 3072, "d_head": 768, "d_ff": 12_288})
     plan = make_plan(config, 1, "rtx4090")
     assert not plan.fits
     said = re.fullmatch(r"does not fit: needs \d+\.\d of 23\.5 GiB on each rtx4090, most of it "
@@ -221,7 +220,7 @@ def test_the_command(capsys):
 
 def test_the_command_says_that_it_does_not_fit(capsys):
     assert main(["plan", "--preset", "4b", "--gpu", "rtx4090", "--gpus", "1",
-                 "--model.n_layers", "6", "--model.vocab_size", "100000"]) == 1
+                 "--model.n_layers", "12", "--model.vocab_size", "100000"]) == 1
     said = " ".join(capsys.readouterr().out.split())
     assert "does not fit: needs" in said and "NO" in said and "never run" in said
 
