@@ -37,7 +37,7 @@ SHAPES = [
     shape("longer", T=1024, B=1),
     shape("larger batch", B=12),
     shape("accumulation", train={"grad_accum_steps": 3}),
-    shape("recomputed", model={"n_layers": 12}, parallel={"recompute": True}),
+    shape("deeper, recomputed", model={"n_layers": 12}, parallel={"recompute": True}),
     shape("narrow, long batch", "test", B=32, model={"vocab_size": 1024}),
     shape("bf16 products", train={"dtype": "bfloat16"}),
     shape("fsdp x2", n=2, model={"vocab_size": 4096}),
