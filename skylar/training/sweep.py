@@ -108,8 +108,7 @@ def check_same_table(out: Path, table: dict) -> None:
     was = json.loads(path.read_text()) if path.exists() else table
     for name in ("base", "metric"):
         if was[name] != table[name]:
-            raise ValueError(f"{out} holds trials of another {name}; "
-                             "choose another folder")
+            raise ValueError(f"{out} holds trials of another {name}; choose another folder")
     known = was.get("rows", {})
     for name, changes in table["rows"].items():
         if known.get(name, changes) != changes:
