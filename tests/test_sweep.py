@@ -10,6 +10,7 @@ import pytest
 
 from skylar.data.prepare import prepare_data
 from skylar.training.sweep import (
+    METRIC,
     Trial,
     ablate,
     ablation_table,
@@ -84,6 +85,20 @@ def test_a_table_goes_on_where_it_was_stopped(base, tmp_path):
     assert not list(tmp_path.glob("whole/*/checkpoints"))  # only values are needed
     with pytest.raises(ValueError, match="trials of another base"):
         ablate(changed(base, {"train.steps": 4}), rows, out=tmp_path / "parts", report=quiet)
+    for name, changes in (("fast", {"optimizer.lr": 2e-2}), ("slow", {"optimizer.lr": 2e-4}),
+                          ("base", {"optimizer.lr": 2e-2})):  # names that are known
+        with pytest.raises(ValueError, match=f"trials of another '{name}'"):
+            ablate(base, {name: changes}, out=tmp_path / "parts", seeds=2, report=quiet)
+    assert ablate(base, rows, out=tmp_path / "parts", seeds=2, report=pytest.fail) == whole
+    assert len(read_trials(tmp_path / "parts")) == 6
+
+
+def test_a_table_from_before_rows_were_kept_goes_on(base, tmp_path):
+    (tmp_path / "table.json").write_text(json.dumps({"base": base, "metric": METRIC}))
+    rows = {"fast": {"optimizer.lr": 3e-2}}
+    ablate(base, rows, out=tmp_path, seeds=2, report=quiet)
+    kept = json.loads((tmp_path / "table.json").read_text())
+    assert kept == {"base": base, "metric": METRIC, "rows": {"base": {}, **rows}}
 
 
 def test_wrong_rows_are_refused_before_the_first_run(base, tmp_path):
@@ -109,7 +124,16 @@ def test_the_table_says_what_is_clear():
     assert "-0.0967 ± 0.0143 | better" in lines["better"]
     assert "not clear" in lines["noise"] and "| worse |" in lines["worse"]
     assert "diverged" in lines["broken"] and "±" not in lines["base"]
-    assert "at least one of 4 rows" in ablation_table(trials) and "19%" in ablation_table(trials)
+    assert "at least one of 4 rows would look clear with a probability of up to 19%." in (
+        ablation_table(trials))
+
+
+def test_the_stored_table_is_that_of_its_trials():
+    from skylar.utils.lesson import asset
+
+    results = asset("shakespeare").parents[1] / "bench/results/ablations.json"
+    stored = json.loads(results.read_text())
+    assert stored["table"] == ablation_table([Trial(**t) for t in stored["trials"]])
 
 
 class Draws:
@@ -153,6 +177,34 @@ def test_a_search_goes_on_and_counts_what_was_done(base, tmp_path):
     assert again == study.best_value
     rows = sqlite3.connect(tmp_path / "s/study.db").execute("select count(*) from trials")
     assert rows.fetchone() == (5,)
+
+
+def drawn(study) -> list[float]:
+    return [trial.params["optimizer.lr"] for trial in study.trials]
+
+
+def test_later_calls_draw_other_points(base, tmp_path):
+    pytest.importorskip("optuna", reason="the sweep extra")
+    space = {"optimizer.lr": "log 1e-4 1e-1"}
+    first = drawn(search(base, space, out=tmp_path / "s", trials=2, report=quiet))
+    both = drawn(search(base, space, out=tmp_path / "s", trials=4, report=quiet))
+    assert both[:2] == first and len(set(both)) == 4
+    again = search(base, space, out=tmp_path / "again", trials=2, report=quiet)
+    assert drawn(again) == first  # the seed still decides
+    shared = [drawn(search(base, space, out=tmp_path / str(i), trials=1, report=quiet,
+                           storage=f"sqlite:///{tmp_path}/{i}.db")) for i in range(2)]
+    assert shared[0] != shared[1]  # two that start at the same moment differ
+
+
+def test_no_trial_is_pruned_in_the_first_third(base, tmp_path):
+    pytest.importorskip("optuna", reason="the sweep extra")
+    settings = changed(base, {"train.steps": 12})
+    del settings["data"]  # is drawn
+    study = search(settings, {"optimizer.lr": "log 1e-9 1e-1", "data": [base["data"]]},
+                   out=tmp_path / "s", trials=12, report=quiet)
+    assert study.pruner._n_warmup_steps == 4
+    stops = [max(t.intermediate_values) for t in study.trials if t.state.name == "PRUNED"]
+    assert stops and min(stops) >= 4
 
 
 def test_bad_trials_are_pruned(base, tmp_path):

@@ -103,12 +103,18 @@ def read_trials(out: Path) -> list[Trial]:
 
 
 def check_same_table(out: Path, table: dict) -> None:
-    "`ValueError` if the folder belongs to another table."
-    path = out / "table.json"
-    if path.exists() and (was := json.loads(path.read_text())) != table:
-        name = next(k for k in table if was.get(k) != table[k])
-        raise ValueError(f"{out} holds trials of another {name}; choose another folder")
-    path.write_text(json.dumps(table, indent=1))
+    "`ValueError` if the folder belongs to another table; one may get new rows."
+    path, table = out / "table.json", json.loads(json.dumps(table))
+    was = json.loads(path.read_text()) if path.exists() else table
+    for name in ("base", "metric"):
+        if was[name] != table[name]:
+            raise ValueError(f"{out} holds trials of another {name}; choose another folder")
+    known = was.get("rows", {})
+    for name, changes in table["rows"].items():
+        if known.get(name, changes) != changes:
+            raise ValueError(f"{out} holds trials of another {name!r}; "
+                             "give the row another name, or choose another folder")
+    path.write_text(json.dumps({**table, "rows": known | table["rows"]}, indent=1))
 
 # %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #92ae1153
 def ablate(
@@ -127,7 +133,7 @@ def ablate(
         build_config(RunConfig, changed(base, changes))
     out.mkdir(parents=True, exist_ok=True)
     with directory_lock(out, message="another process is at this table"):
-        check_same_table(out, json.loads(json.dumps({"base": base, "metric": metric})))
+        check_same_table(out, {"base": base, "metric": metric, "rows": rows})
         done = {(trial.name, trial.seed): trial for trial in read_trials(out)}
         for seed in range(seeds):
             for name, changes in rows.items():
@@ -167,7 +173,7 @@ def ablation_table(trials: list[Trial], metric: str = METRIC) -> str:
         clear = "worse" if mean > half else "better" if mean < -half else "not clear"
         lines.append(f"{text} {mean:+.4f} ± {half:.4f} | {clear} |")
     note = (f"{len(base)} seeds. If no change did anything, at least one of {n} rows "
-            f"would look clear with a probability of {1 - 0.95**n:.0%}.")
+            f"would look clear with a probability of up to {1 - 0.95**n:.0%}.")
     return "\n".join([*lines, "", note])
 
 # %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #526ef9df
@@ -207,18 +213,21 @@ def read_range(name: str, given) -> Callable:
     return lambda trial: trial.suggest_float(name, low, high, log=kind == "log")
 
 # %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #aed1aa31
-def open_study(out: Path, storage: str | None, seed: int):
+def open_study(out: Path, storage: str | None, seed: int, warmup: int = 0):
     "A new Optuna study, or the one that `out` or the database at the URL has."
     try:
         import optuna
     except ImportError:
         raise ValueError("optuna is missing; pip install 'skylar[sweep]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=out.name, direction="minimize", load_if_exists=True,
         storage=storage or f"sqlite:///{out.absolute()}/study.db",
-        sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1))
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=warmup))
+    # who comes later, or shares the database, must not draw the same points again
+    drawn = None if storage else seed + len(study.trials)
+    study.sampler = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=5)
+    return study
 
 # %% ../../nbs/01_gqa_rope/19_sweeps.ipynb #54935ded
 def run_trial(trial, base: Mapping, draw: Mapping, out: Path, metric: str) -> float:
@@ -263,7 +272,7 @@ def search(
     trials: int = 20,  # finished or pruned ones in all, those of earlier calls included
     storage: str | None = None,  # URL of a database that several machines share
     metric: str = METRIC,
-    seed: int = 0,  # of the sampler
+    seed: int = 0,  # of the sampler; not with `storage`, where each process has its own
     report: Callable[[str], None] = print,
 ):  # the optuna.Study: best_params, best_value, trials
     "Search the settings with the lowest `metric`; a search that was stopped goes on."
@@ -271,7 +280,8 @@ def search(
     out = Path(out)
     draw = {name: read_range(name, given) for name, given in space.items()}
     out.mkdir(parents=True, exist_ok=True)
-    study = open_study(out, storage, seed)
+    steps = build_config(RunConfig, {"data": "", **base}).train.steps
+    study = open_study(out, storage, seed, warmup=steps // 3)  # not pruned before
 
     def tell(study, trial) -> None:
         report(trial_line(trial))
