@@ -106,9 +106,8 @@ def check_same_table(out: Path, table: dict) -> None:
     "`ValueError` if the folder belongs to another table; one may get new rows."
     path, table = out / "table.json", json.loads(json.dumps(table))
     was = json.loads(path.read_text()) if path.exists() else table
-    for name in ("base", "metric"):
-        if was[name] != table[name]:
-            raise ValueError(f"{out} holds trials of another {name}; choose another folder")
+    for name in [key for key in ("base", "metric") if was[key] != table[key]]:
+        raise ValueError(f"{out} holds trials of another {name}; choose another folder")
     known = was.get("rows", {})
     for name, changes in table["rows"].items():
         if known.get(name, changes) != changes:
