@@ -206,8 +206,8 @@ class PackedLoader:
 
     Gives (B, T) int64 `input_ids`, `labels` (-100: none), `document_ids`, `position_ids`.
     All ranks together hand out one global sequence of samples; the state is the index of
-    the next one. With `shuffle=False`, `len(loader)` batches are one pass, every target once:
-    a smaller last batch, a padded last window. `ValueError`: bad sizes."""
+    the next one. With `shuffle=False`, `len(loader)` batches are one pass, every target
+    once (smaller last batch, padded last window). `ValueError`: bad sizes."""
 
     def __init__(self, dataset: ShardDataset, *,
                  batch_size: int,  # B: windows per step on this rank
@@ -218,13 +218,13 @@ class PackedLoader:
                  random_offsets: bool = False,  # windows start anywhere, with replacement
                  prefetch: int = 2):  # batches prepared ahead in a thread; 0 = none
         _check_sizes(batch_size, rank, world_size, prefetch)
-        order = getattr(dataset, "order", partial(WindowOrder, n_tokens=dataset.n_tokens))
-        self.order = order(  # a streamed dataset has its own
+        own = partial(WindowOrder, n_tokens=dataset.n_tokens)
+        self.order = getattr(dataset, "order", own)(  # a streamed dataset has another
             seq_len=seq_len, seed=seed, shuffle=shuffle, random_offsets=random_offsets)
         self.dataset, self.batch_size, self.seq_len = dataset, batch_size, seq_len
         self.rank, self.world_size, self.prefetch = rank, world_size, prefetch
-        self.n_windows = self.order.n_windows
-        self.sample_index = 0  # samples handed out so far, by all ranks, over all epochs
+        # samples handed out so far, by all ranks, over all epochs
+        self.n_windows, self.sample_index = self.order.n_windows, 0
 
     @property
     def epoch(self) -> int:
@@ -241,9 +241,8 @@ class PackedLoader:
     def _batch(self, sample: int) -> dict[str, Tensor]:
         """This rank's batch of the step that begins at `sample`: a pure function of it."""
         begin = sample + self.rank * self.batch_size
-        end = min(begin + self.batch_size, self._step_end(sample))
-        offsets = self.order.offsets(np.arange(begin, end))
-        return read_windows(self.dataset, offsets, self.seq_len)
+        step = np.arange(begin, min(begin + self.batch_size, self._step_end(sample)))
+        return read_windows(self.dataset, self.order.offsets(step), self.seq_len)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:

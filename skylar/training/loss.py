@@ -148,18 +148,17 @@ def linear_cross_entropy(
     loss_fn = _FUNCTIONS[check_choice("reduction", reduction, _FUNCTIONS)]
     weight, device = _whole(weight), hidden.device.type
     valid = rows = labels != ignore_index
-    labels, compiled = labels.where(valid, 0), torch.compiler.is_compiling()
-    compact = device == "cpu" and not compiled  # a GPU would wait to learn how many
-    if compact:
+    labels = labels.where(valid, 0)
+    if eager := device == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
         hidden, labels, rows = hidden[valid], labels[valid], valid[valid]
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     weights = rows[:, None].to(torch.promote_types(dtype, torch.float32))  # (N, 1)
     # on a CPU, tiles that stay in its cache; elsewhere they would be many small kernels
-    tile = (16, 2048) if device == "cpu" and not compiled else (256, len(weight))
+    tile = (16, 2048) if eager else (256, len(weight))
     loss = loss_fn.apply(
         hidden, weight, labels[:, None], weights, dtype, chunk, tile, z_loss, softcap)
-    if reduction == "none" and compact:  # back to where the rows were
+    if reduction == "none" and eager:  # back to where the rows were
         loss = loss.new_zeros(valid.shape).masked_scatter(valid, loss)
     return loss, valid.sum()
 
