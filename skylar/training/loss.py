@@ -149,7 +149,7 @@ def linear_cross_entropy(
     weight, device = _whole(weight), hidden.device.type
     valid = rows = labels != ignore_index
     labels = labels.where(valid, 0)
-    if eager := device == "cpu" and not torch.compiler.is_compiling():  # a GPU would wait
+    if eager := device == "cpu" and not torch.compiler.is_compiling():  # a GPU waits
         hidden, labels, rows = hidden[valid], labels[valid], valid[valid]
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
