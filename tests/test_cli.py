@@ -20,6 +20,8 @@ import yaml
 from skylar.cli import commands, main
 from skylar.cli.commands import COMMANDS, DEMO, command_parser
 from skylar.cli.flags import UsageError
+from skylar.data.sources import SOURCES
+from skylar.models.presets import get_config
 from skylar.training import run as runs
 from skylar.training.metrics import read_metrics
 
@@ -308,8 +310,9 @@ def test_configs_are_complete(path, capsys):
     """Each names its data and where to get it, so it runs as it stands."""
     assert main(["pretrain", "--config", str(path), "--print_config"]) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
-    assert settings["corpus"]["source"] == "shakespeare"
-    assert settings["loader"]["seq_len"] <= settings["model"]["max_seq_len"]
+    assert settings["corpus"]["source"] in SOURCES
+    context = get_config(settings["preset"], **settings["model"]).max_seq_len
+    assert settings["loader"]["seq_len"] <= context
 
 
 def test_demo_and_its_config_are_the_same():

@@ -275,6 +275,8 @@ def is_half_made(out: Path) -> bool:
            "anomalies.jsonl", "samples.jsonl", "starts.jsonl", "tracking"}
     names = {p.name for p in out.iterdir()} if out.is_dir() else set()
     tests = {"lr_range.json", "lr_range.png"}  # of `skylar lr-range`
+    if not names:  # nothing there, or a file
+        return False
     ours = LOCK in names or "config.yaml" in names or names <= tests  # hidden: not in a copy
     return ours and all(n in own | tests or n.startswith(".config.yaml.") for n in names)
 
