@@ -28,7 +28,7 @@ from skylar.training.muon import (
     update_scale,
 )
 from skylar.training.optim import AdamWConfig, ScheduleConfig
-from skylar.training.trainer import TrainConfig, Trainer
+from skylar.training.trainer import TrainConfig, Trainer, update
 from skylar.utils.sharded_matrices import chunk_lengths
 
 WORKER = Path(__file__).with_name("muon_worker.py")
@@ -413,7 +413,8 @@ def test_the_host_never_waits_for_the_device(monkeypatch):
 
     for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
         monkeypatch.setattr(torch.Tensor, name, read)
-    step.update([p.grad for p in step.params], torch.tensor(2.0), torch.tensor(True))
+    grads = [p.grad for p in step.params]
+    update(step.optimizer, grads, torch.tensor(2.0), torch.tensor(True))
 
 
 def test_rates_follow_the_schedule_each_from_its_own(monkeypatch):
