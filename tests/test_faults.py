@@ -443,7 +443,7 @@ def test_a_disk_that_fills_up_during_the_run(tmp_path, background):
                 "append = m.append_metrics\n"
                 "def fill(path, row):\n"
                 "    append(path, row)\n"
-                "    if row['step'] == 6:\n"
+                "    if row.get('step') == 6:\n"
                 "        latest = path.parent / 'checkpoints' / 'latest'\n"
                 "        while not latest.exists() or 'step-000004' not in latest.read_text():\n"
                 "            pass  # until the save of step 4 is whole\n"
