@@ -225,7 +225,8 @@ def _run_child(jobs: list[dict], n: int = 1, **environment: str) -> list[list]:
     found = [line.split("\t", 1)[1] for line in done.stdout.splitlines()
              if line.startswith("answer\t")]
     if done.returncode or len(found) != n:
-        raise RuntimeError(f"the process that plans failed:\n{done.stderr[-2000:]}")
+        said = (done.stderr or done.stdout)[-2000:]
+        raise RuntimeError(f"the process that plans failed ({done.returncode}):\n{said}")
     return [json.loads(text) for text in found]
 
 # %% ../../nbs/library/plans.ipynb #0ca78c04
@@ -242,7 +243,8 @@ def _answer() -> None:
                 found.append(simulate_any_depth(config, job["processes"], job["gpu"]))
         except ValueError as error:
             found.append({"error": str(error)})
-    print("\nanswer", json.dumps(found), sep="\t", flush=True)
+    sys.stdout.flush()  # then one write, so that two processes do not mix their lines
+    os.write(1, f"\nanswer\t{json.dumps(found)}\n".encode())
 
 
 def predict(jobs: list[tuple[RunConfig, int]], gpu: bool = True) -> list[dict]:
