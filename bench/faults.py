@@ -48,7 +48,7 @@ from skylar.training.checkpoint_files import (
     unwrap_dcp_errors,
     verify_checkpoint,
 )
-from skylar.training.metrics import read_metrics
+from skylar.training.metrics import CLOCK_FIELDS, read_metrics
 
 WORDS_OF_CHILD = Path(tempfile.mkstemp(prefix="skylar-child-")[1])
 WORDS = "the king said that a summer day is long and love is short but night comes soon".split()
@@ -114,9 +114,6 @@ def pretrain(home: Path, out: Path, background: bool, *more: str) -> int:
     return code
 
 
-CLOCK = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu", "mfu_measured")
-
-
 def content(out: Path) -> str:
     "SHA-256 of all that a finished run is: tensors, random states, position, counters, metrics."
     folder = find_checkpoint(out)
@@ -131,7 +128,7 @@ def content(out: Path) -> str:
         found.update(name.encode() + raw.numpy().tobytes())
     state = load_state(folder)
     state["extra"]["progress"].pop("seconds")
-    rows = [{k: v for k, v in row.items() if k not in CLOCK}
+    rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS}
             for row in read_metrics(out / "metrics.jsonl")]
     del state["save_number"]  # counts saves: a run that was killed made some twice
     found.update(json.dumps([state, rows, load_metadata(folder)["model"]], sort_keys=True).encode())

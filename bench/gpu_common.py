@@ -16,9 +16,9 @@ from torch import Tensor
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training.objective import LossOutput
+from skylar.utils.accelerators import datasheet_flops
 
 TINY = dict(vocab_size=512, d_model=64, n_heads=2, n_kv_heads=1, d_head=32, n_layers=2, d_ff=128)
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312, "L4": 121, "4090": 165}  # dense bf16
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -77,8 +77,7 @@ def matmul_flops(device: str, size: int) -> float:
 
 def peak_flops(device: str) -> float | None:
     """The data sheet's bf16 FLOP/s, where the device is known."""
-    name = device_name(device)
-    return next((1e12 * tflops for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+    return datasheet_flops(device_name(device))
 
 
 def build_model(preset: str, dry: bool, device: str, backend: str | None = None, **overrides):

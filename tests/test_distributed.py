@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from skylar.training.distributed import ParallelConfig, recompute
+from skylar.training.metrics import CLOCK_FIELDS
 from skylar.training.trainer import check_ranks
 from skylar.utils.processes import Ranks, place
-
-CLOCK = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu", "mfu_measured")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -132,7 +131,7 @@ def pretrain(n: int, folder: Path, *flags, start=("-m", "skylar"), options=(),
 def numbers(folder: Path) -> list[dict]:
     "The rows of metrics, without what depends on the clock."
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
 
 
 def test_a_run_goes_on_at_another_number_of_processes(tmp_path):

@@ -12,11 +12,9 @@ from test_distributed import torchrun
 from skylar.cli import main
 from skylar.cli.commands import say_once
 from skylar.training.checkpoint_files import find_checkpoint, load_metadata
-from skylar.training.metrics import read_metrics
+from skylar.training.metrics import CLOCK_FIELDS, read_metrics
 from skylar.training.record import git_commit
 from skylar.training.run import load_run
-
-CLOCK = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu", "mfu_measured")
 
 TINY = ["--corpus.vocab_size", "270", "--model.n_layers", "1", "--model.d_model", "32",
         "--model.d_ff", "64", "--model.dropout", "0.1", "--loader.seq_len", "16",
@@ -47,7 +45,7 @@ def weights(out) -> str:
 
 def numbers(out) -> list[dict]:
     rows = read_metrics(Path(out, "metrics.jsonl"))
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
 
 
 # --- bit-equal ---

@@ -31,7 +31,7 @@ from skylar.training.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from skylar.training.metrics import read_metrics
+from skylar.training.metrics import CLOCK_FIELDS, read_metrics
 from skylar.training.objective import LossOutput
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.files import write_manifest
@@ -100,9 +100,9 @@ def build(out, hook=lambda count: None, model=None, **changes):
 
 
 def same_rows(one, two):
-    drop = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu", "mfu_measured")
-    return [{k: v for k, v in r.items() if k not in drop} for r in one] == [
-        {k: v for k, v in r.items() if k not in drop} for r in two]
+    one, two = ([{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
+                for rows in (one, two))
+    return one == two
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 import sys
 import time
@@ -27,9 +26,9 @@ from ..utils.processes import total_norm
 from ..utils.recompute import Recomputed
 
 # %% auto #0
-__all__ = ['DATASHEET', 'training_flops', 'matmul_rate', 'measured_peak', 'datasheet_flops', 'TimedLoader', 'StepClock',
-           'group_of', 'GroupNorms', 'MonitorConfig', 'peaks_of', 'utilization', 'row_follows', 'measure_row',
-           'step_done', 'open_trackers', 'track_row', 'leave', 'Monitor']
+__all__ = ['training_flops', 'matmul_rate', 'measured_peak', 'TimedLoader', 'StepClock', 'group_of', 'GroupNorms',
+           'MonitorConfig', 'peaks_of', 'utilization', 'row_follows', 'measure_row', 'step_done', 'open_trackers',
+           'track_row', 'leave', 'Monitor']
 
 # %% ../../nbs/01_gqa_rope/16_monitor.ipynb #3481a5ef
 def training_flops(
@@ -71,20 +70,7 @@ def measured_peak(dtype: torch.dtype, device: torch.device) -> float:
     return max(matmul_rate(n, n, n, dtype, device, 0.1) for n in sizes)
 
 # %% ../../nbs/01_gqa_rope/16_monitor.ipynb #7714fece
-# dense bf16 TFLOP/s of a device, from the makers' datasheets; the first that fits
-DATASHEET = {
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "GH200": 989, "H200 NVL": 836,
-    "H200": 989, "B200": 2250, "A100": 312, "A10": 125, "L40S": 362, "L4": 121,
-    "RTX 4090$": 165, "RTX 3090$": 71, "MI300X": 1307,
-}
-
-def datasheet_flops(
-    device_name: str,  # as `torch.cuda.get_device_name` says it
-) -> float | None:  # FLOP/s; None for a device that is not in the table
-    "What the maker promises for dense bf16 products."
-    found = (tflops for name, tflops in DATASHEET.items()
-             if re.search(rf"\b{name}(?!\w)", device_name))
-    return next((1e12 * tflops for tflops in found), None)
+from ..utils.accelerators import datasheet_flops  # a table of makers' numbers
 
 # %% ../../nbs/01_gqa_rope/16_monitor.ipynb #63685dbb
 class TimedLoader:
