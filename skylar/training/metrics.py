@@ -19,6 +19,11 @@ from ..utils.files import atomic_write, read_metrics
 from ..utils.processes import is_main_process
 
 # %% ../../nbs/library/metrics.ipynb #5121853b
+# what the clock says, and the memory: equal runs differ in these fields of a row
+CLOCK_FIELDS = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu",
+                "mfu_measured", "hfu", "hfu_measured")
+
+
 def cut_metrics(path: Path | str, step: int) -> list[dict]:
     "Drop the rows after `step` (a resumed run writes them again); return what is left."
     rows = [row for row in read_metrics(path) if row["step"] <= step]
@@ -40,11 +45,6 @@ def _methods(callbacks: Iterable, name: str) -> list[Callable]:
     return [getattr(callback, name) for callback in callbacks if hasattr(callback, name)]
 
 # %% ../../nbs/library/metrics.ipynb #9af3d536
-# what the clock says, and the memory: equal runs differ in these fields of a row
-CLOCK_FIELDS = ("tokens_per_s", "seconds", "step_ms", "data_wait", "peak_memory", "mfu",
-                "mfu_measured", "hfu", "hfu_measured")
-
-
 class MetricsLogger:
     """Means since the last row: in memory, in metrics.jsonl, and for callbacks. These may have
     `on_step(output, seconds)`, called each step, and `measure(row, seconds)`, which gives
