@@ -44,15 +44,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor,  # (B, T, D) the residual stream
                 inputs=None, cache=None,  # for attention; None: prepared here
-                ) -> Tensor:  # (B, T, D)
+                ):  # (B, T, D); with extras, if its layers have any, as a pair
+        first, second = self.input_layernorm, self.post_attention_layernorm
         if self.pre_norm:
-            x = self.add(x, self.self_attn(self.input_layernorm(x), inputs, cache))
-            return self.add(x, self.mlp(self.post_attention_layernorm(x)))
-        x = self.input_layernorm(self.add(x, self.self_attn(x, inputs, cache)))
-        return self.post_attention_layernorm(self.add(x, self.mlp(x)))
+            x, extras = self.add(x, self.self_attn(first(x), inputs, cache))
+            x, more = self.add(x, self.mlp(second(x)))
+        else:
+            x, extras = self.add(x, self.self_attn(x, inputs, cache))
+            x = first(x)
+            x, more = self.add(x, self.mlp(x))
+            x = second(x)
+        return (x, extras + more) if extras or more else x
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x.add(self.dropout(y), alpha=self.scale)
+    def add(self, x: Tensor, y: Tensor | tuple) -> tuple[Tensor, tuple]:
+        "x + y, and what a layer returned besides y."
+        y, *extras = y if isinstance(y, tuple) else (y,)
+        return x.add(self.dropout(y), alpha=self.scale), tuple(extras)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         "Every part by its own rule."

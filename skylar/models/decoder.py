@@ -7,6 +7,7 @@ __all__ = ['DecoderConfig', 'init_decoder', 'as_decoder', 'Decoder', 'CausalLM',
 
 # %% ../../nbs/00_transformer/12_gpt.ipynb #c002
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ class DecoderConfig:
     residual_std: float | None = None  # of output projections; None: init_std / √(2L)
     embedding_multiplier: float = 1.0  # these two, and a block's, are for muP
     logits_scaling: float = 1.0  # divides the hidden states, hence the logits
+    auxiliary: Callable | None = None  # what training makes of the layers' extras
 
     def __post_init__(self):
         V, D, T = self.vocab_size, self.d_model, self.max_seq_len
@@ -102,19 +104,24 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(block.build(D) for block in config.blocks)
         self.norm = config.norm.build(D)
 
-    def forward(self, input_ids, position_ids=None, document_ids=None, cache=None):
+    def forward(self, input_ids, position_ids=None, document_ids=None, cache=None,
+                return_extras=False):  # True: a pair; extras are in order of depth
         check_inputs(self.config, input_ids, position_ids, document_ids, cache)
         x = embed(self.embed_tokens, input_ids)  # (B, T, D)
         x = rescale(x, self.config.embedding_multiplier)
         tokens = locate(input_ids, position_ids, document_ids, cache)
         if self.embed_positions is not None:
             x = x + self.embed_positions(tokens.queries.position_ids)
-        x = self.dropout(x)
+        x, extras = self.dropout(x), []
         for layer, inputs in zip(self.layers, attention_inputs(self, x, tokens, cache)):
             x = layer(x, *inputs)  # masks, rotary tables (next chapter), its cache
+            if isinstance(x, tuple):  # a layer's extras: a router's choice of experts
+                x, more = x
+                extras += more
         if cache is not None:  # see the KV-cache lesson
             cache.commit(input_ids.shape[1])
-        return rescale(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)
+        x = rescale(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)
+        return (x, extras) if return_extras else x
 
     init_weights = init_decoder
 

@@ -138,7 +138,7 @@ class ShardedRun:
         self.forward, self.objective = objective, objective
         self.partial = [p for n, p in objective.named_parameters() if n in names]
         group = (data._flatten("data") if several else data).get_group()
-        self.ranks = Ranks(*ranks, group=group)
+        self.ranks = Ranks(*ranks, group=group, processes=dist.get_world_size())
 
     def sync_gradients(self, on: bool) -> None:
         self.objective.set_requires_gradient_sync(on)

@@ -21,7 +21,7 @@ from .checkpoint_files import list_checkpoints
 from .checkpoint import seed_everything
 from ..utils.checks import check_int
 from ..utils.files import atomic_write
-from ..utils.processes import agree, gather_objects, is_main_process, launched_world_size
+from ..utils.processes import agree, gather_objects, is_main_process
 
 # %% auto #0
 __all__ = ['GuardConfig', 'LossSpikes', 'StepRecord', 'gradient_norms', 'everyone', 'plain', 'describe', 'sample_index',
@@ -103,11 +103,11 @@ def gradient_norms(grads: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(local)) if local else torch.zeros(0)
 
 
-def everyone(keep: Tensor, n_data_ranks: int) -> Tensor:
+def everyone(keep: Tensor, ranks) -> Tensor:
     """True if it is for every process: they must not disagree about a step.
 
     Data-parallel ranks have the same sums already; ranks that share matrices may not."""
-    if launched_world_size() == n_data_ranks or not dist.is_initialized():
+    if ranks.processes in (0, ranks.size):
         return keep
     all_keep = keep.int()
     dist.all_reduce(all_keep, op=dist.ReduceOp.MIN)
@@ -301,9 +301,9 @@ class Guard:
     def decide(self, step: int, finite: Tensor, loss: Tensor, grad_norm: Tensor,
                params: list[nn.Parameter]) -> Tensor:
         "Whether this step moves the weights, as a tensor; the gradients are those of `params`."
-        finite = everyone(finite, self.ranks.size)
+        finite = everyone(finite, self.ranks)
         spike, median = self.spikes.add(loss, finite)
-        keep = everyone(finite & ~spike, self.ranks.size)
+        keep = everyone(finite & ~spike, self.ranks)
         self.counter.add(finite)
         graded = [p for p in params if p.grad is not None]
         self.records.append(StepRecord(

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .objective import LossOutput
+from .objective import LossOutput, add_auxiliary
+from .objective import auxiliary_of, read_with_extras
 from ..utils.checks import check_choice
 
 # %% ../../nbs/01_gqa_rope/12_fused_loss.ipynb #f0e11843
@@ -225,15 +226,20 @@ class NextTokenObjective(nn.Module):
         super().__init__()
         self.model, self.options = model, options
         self.loss = LOSSES[check_choice("loss", loss, LOSSES)]
+        self.auxiliary = auxiliary_of(model)  # None, but for sparse models
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
         _check_keys(batch)
-        hidden = self.model.model(
-            batch["input_ids"], batch.get("position_ids"), batch.get("document_ids"))
+        hidden, extras = read_with_extras(self.model.model, batch, self.auxiliary)
         hidden, labels = hidden.flatten(0, 1), batch["labels"].flatten()
         options = self.options if self.training else {**self.options, "z_loss": 0.0}
         sums = self.loss(hidden, self.model.lm_head.weight, labels, **options)
-        return LossOutput(*sums, {})
+        output = LossOutput(*sums, {})
+        return add_auxiliary(output, self.auxiliary, extras, batch, self.training)
+
+    def after_step(self, statistics: dict[str, Tensor], keep: Tensor) -> None:
+        "What layers change by themselves once the weights have moved, if `keep`."
+        self.auxiliary.after_step(self.model, statistics, keep)
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         "`ValueError` for labels that are not shifted; the Trainer calls it once."

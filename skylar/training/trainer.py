@@ -21,7 +21,8 @@ from .checkpoint import save_due, seed_everything
 from .evaluate import evaluate
 from .guard import Guard, GuardConfig
 from .metrics import MetricsLogger
-from .objective import check_contract, check_objective, check_output
+from .objective import StepStatistics, check_contract
+from .objective import check_objective, check_output
 from .optim import AdamWConfig, ScheduleConfig
 from .progress import ProgressReporter, RunProgress
 from ..utils.checks import check_choice, check_int, check_positive
@@ -187,7 +188,7 @@ class TrainStep:
         factor = self.schedule.multiplier(step, self.config.steps, time_done)
         for group, lr in zip(self.optimizer.param_groups, self.base_lrs):
             group["lr"] = lr * factor
-        loss_sum, n_valid, metrics = self.backward(batches)
+        loss_sum, n_valid, metrics, statistics = self.backward(batches)
         count = n_valid.clamp(min=1) / self.ranks.size  # ranks' gradients are averaged
         grads = [p.grad for p in self.params if p.grad is not None]
         norm = total_norm(grads) / count
@@ -196,14 +197,17 @@ class TrainStep:
         keep = self.guard.decide(step, finite, mean, norm, self.params)
         clip = ((self.config.max_grad_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0)
         update(self.optimizer, grads, count / clip, keep)
+        if statistics:  # for what no gradient moves, such as the bias of a router
+            self.objective.after_step(statistics.over(self.ranks), keep)
         loss, *others = ((total.where(finite, 0), n.where(finite, 0))
                          for total, n in ((loss_sum, n_valid), *metrics.values()))
         metrics = dict(zip(metrics, others))
         return StepOutput(loss, n_valid, norm, self.base_lrs[0] * factor, metrics)
 
-    def backward(self, batches: Iterator[dict]) -> tuple[Tensor, Tensor, dict]:
-        "Gradients of the *summed* loss of all micro-batches; its sum, count and metrics."
+    def backward(self, batches: Iterator[dict]) -> tuple:
+        "Gradients of the *summed* loss of all micro-batches; what a `LossOutput` has."
         loss_sum, n_valid, metrics, n = 0.0, 0, {}, self.config.grad_accum_steps
+        statistics = StepStatistics()
         for i, batch in enumerate(islice(batches, n)):
             self.parallel.sync_gradients(i == n - 1)  # once a step is enough
             with autocast(self.device, self.dtype):
@@ -211,11 +215,13 @@ class TrainStep:
             output.loss_sum.backward()
             self.guard.micro_batch(output.loss_sum)
             loss_sum, n_valid = loss_sum + output.loss_sum.detach(), n_valid + output.n_valid
+            statistics.add(output)
             for name, (total, count) in output.metrics.items():
                 have = metrics.get(name, (0.0, 0))
                 metrics[name] = have[0] + total, have[1] + count
         self.parallel.finish_gradients()
-        return self.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
+        totals = self.ranks.sum_totals(loss_sum, n_valid, metrics, self.device)
+        return *totals, statistics
 
 # %% ../../nbs/00_transformer/15_training_loop.ipynb #c052
 def cycle(loader: Iterable[dict]) -> Iterator[dict]:

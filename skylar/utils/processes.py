@@ -108,6 +108,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     group: Any = None  # a torch ProcessGroup; None: all processes
+    processes: int = 0  # that share the run; 0: `size`, more if some read the same batches
 
     def sum(self, values: Sequence[Tensor | float], device: torch.device) -> list[Tensor]:
         "Each value summed over the ranks: one collective, the same result on each."
@@ -118,6 +119,14 @@ class Ranks:
         total = torch.stack([value.detach().double() for value in values])
         dist.all_reduce(total, group=self.group)
         return [t.to(value.dtype) for t, value in zip(total.unbind(), values)]
+
+    def reduce(self, value: Tensor, operation: str = "sum") -> Tensor:
+        "A tensor's sum or maximum (`max`) over the ranks, number by number."
+        if self.size == 1:
+            return value
+        total = value.detach().double() if value.is_floating_point() else value.detach().clone()
+        dist.all_reduce(total, getattr(dist.ReduceOp, operation.upper()), group=self.group)
+        return total.to(value.dtype)
 
     def sum_totals(self, loss_sum, n_valid, metrics: dict, device: torch.device):
         "What a step of all ranks adds up to: its loss, its targets, its metrics."
