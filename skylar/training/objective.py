@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTRACT', 'LossOutput', 'StepStatistics', 'check_objective', 'check_output', 'returns_mean', 'check_contract',
-           'AuxiliaryOutput', 'auxiliary_of', 'read_with_extras', 'add_auxiliary']
+           'auxiliary_of', 'read_with_extras', 'add_auxiliary']
 
 # %% ../../nbs/library/objective.ipynb #4ab57b70
 import random
@@ -120,15 +120,6 @@ def check_contract(objective: nn.Module, batch: dict[str, Tensor]) -> None:
             "be the sum over valid targets (reduction='sum'); the Trainer divides")
 
 # %% ../../nbs/library/objective.ipynb #fadf9141
-class AuxiliaryOutput(NamedTuple):
-    "What is made of the extras of a forward pass."
-
-    loss: Tensor | float = 0.0  # () weighted mean, added to the mean loss
-    metrics: Mapping[str, tuple] = {}  # as in a LossOutput
-    sums: Mapping[str, Tensor] = {}  # as in a LossOutput
-    maxima: Mapping[str, Tensor] = {}  # as in a LossOutput
-
-
 def auxiliary_of(model: nn.Module):
     "What `model` wants to be made of its layers' extras; None: it has none."
     return getattr(getattr(model, "decoder_config", None), "auxiliary", None)
