@@ -74,8 +74,6 @@ def straight():
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_k_and_the_rest_give_the_hash_of_the_whole(straight, tmp_path, kind, where):
-    if kind == "several workers" and where != "second epoch":
-        pytest.skip("one place is enough for what starts processes")
     first = make(tmp_path, **KINDS[kind])
     first.metrics.callbacks = (stop_after(WHERE[where]),)
     first.train()
