@@ -52,8 +52,8 @@ class Faulty(NextTokenObjective):
     def forward(self, batch):
         batch = dict(batch)
         factor = batch.pop("factor")[0]
-        loss_sum, n_valid, metrics = super().forward(batch)
-        return LossOutput(loss_sum * factor, n_valid, metrics)
+        loss_sum, *rest = super().forward(batch)
+        return LossOutput(loss_sum * factor, *rest)
 
 
 class FaultyGradient(Faulty):
