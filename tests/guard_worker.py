@@ -18,7 +18,6 @@ from skylar.models.presets import get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import GuardConfig
 from skylar.training.loss import NextTokenObjective
-from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import (
@@ -48,8 +47,8 @@ class Faulty(NextTokenObjective):
     def forward(self, batch):
         batch = dict(batch)
         factor = batch.pop("factor")[0]
-        loss_sum, n_valid, metrics = super().forward(batch)
-        return LossOutput(loss_sum * factor, n_valid, metrics)
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * factor)
 
 
 def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=float("nan"),
