@@ -25,19 +25,26 @@ from skylar.training.checkpoint_files import checkpoint_tensors
 from skylar.training.distributed import ParallelConfig
 from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
+from skylar.training.mup import MupConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer, TrainStep
 from skylar.utils.processes import join_processes, leave_processes, rank_and_size, restart_count
 
 V, T, DOCUMENTS = 64, 8, 48
+MUP = MupConfig(base_d_model=8, base_n_layers=1, base_d_head=4)
 
 
-def dataset() -> ShardDataset:
-    "Documents of T tokens, each of which says in its first two tokens which one it is."
+def dataset(packed: bool = False) -> ShardDataset:
+    """Documents of T tokens, each of which says in its first two tokens which one it is.
+
+    `packed`: as many tokens, of documents of 2 to 10 of them, so that windows hold several."""
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(1, V, (DOCUMENTS, T), generator=generator)
     rows[:, 0], rows[:, 1] = torch.arange(DOCUMENTS) // 40 + 1, torch.arange(DOCUMENTS) % 40 + 1
     starts = range(0, DOCUMENTS * T, T)
+    if packed:
+        lengths = torch.randint(2, 11, (DOCUMENTS * T,), generator=generator)
+        starts = [0, *(n for n in lengths.cumsum(0).tolist() if n < DOCUMENTS * T)]
     return ShardDataset.from_ids(rows.flatten(), starts=starts, vocab_size=V)
 
 
@@ -61,6 +68,33 @@ class Recorded:
             yield batch
 
 
+class Workers:
+    "Batches of a DataLoader with worker processes that run ahead; counts what it handed out."
+
+    def __init__(self, loader: PackedLoader):
+        self.loader, self.count = loader, 0
+
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, i):
+        return self.loader._batch(i * self.loader.batch_size)
+
+    def __iter__(self):
+        ahead = torch.utils.data.DataLoader(  # without a generator, it draws from the global one
+            self, batch_size=None, num_workers=2, sampler=range(self.count, 1000),
+            generator=torch.Generator())
+        for batch in ahead:
+            self.count += 1
+            yield batch
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
 class Idle(nn.Module):
     "The next token, with a trainable second head that nothing uses."
 
@@ -74,19 +108,25 @@ class Idle(nn.Module):
 
 
 def build(out: Path | None, steps: int, *, batch_size: int = 6, muon: bool = False,
-          idle: bool = False, parallel=None, accumulate: int = 2, prefetch: int = 2, **config):
+          idle: bool = False, mup: bool = False, packed: bool = False, dropout: float = 0.0,
+          parallel=None, accumulate: int = 2, prefetch: int = 2, **config):
     "A Trainer of a tiny Qwen3 on `dataset()`; the batch is divided among the ranks."
     rank, size = (parallel or ParallelConfig()).data_ranks(*rank_and_size())
-    loader = Recorded(PackedLoader(dataset(), batch_size=batch_size // size, seq_len=T, seed=5,
+    loader = Recorded(PackedLoader(dataset(packed), batch_size=batch_size // size, seq_len=T, seed=5,
                                    rank=rank, world_size=size, prefetch=prefetch))
     torch.manual_seed(0)
     sizes = dict(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, n_layers=2)
-    model = CausalLM(get_config("test", vocab_size=V, max_seq_len=32, **sizes))
+    mup = MUP if mup else MupConfig()
+    model = CausalLM(mup.model(get_config("test", vocab_size=V, max_seq_len=32, dropout=dropout,
+                                          **sizes)))
+    if idle:  # Muon's, while the second head is AdamW's
+        model.model.layers[0].idle = nn.Linear(8, 8, bias=False)
     train = {"steps": steps, "grad_accum_steps": accumulate, "log_every": 1, "dtype": "float32",
              "device": "cpu", "save_every": 0, **config}
     return Trainer((Idle if idle else NextTokenObjective)(model), loader, TrainConfig(**train),
-                   optimizer=MuonConfig() if muon else AdamWConfig(lr=3e-3), out_dir=out,
-                   schedule=ScheduleConfig(warmup_steps=2), parallel=parallel, quiet=True)
+                   optimizer=mup.optimizer(MuonConfig() if muon else AdamWConfig(lr=3e-3)),
+                   schedule=ScheduleConfig(warmup_steps=2), parallel=parallel, quiet=True,
+                   out_dir=out)
 
 
 def digest(trainer: Trainer) -> str:
