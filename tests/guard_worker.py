@@ -65,7 +65,7 @@ class FaultyGradient(Faulty):
         if factor.isfinite().all():
             return out
         zero = (weight - weight.detach()).sum().sqrt()
-        return LossOutput(out.loss_sum + zero, out.n_valid, out.metrics)
+        return out._replace(loss_sum=out.loss_sum + zero)
 
 
 def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=NAN,
