@@ -19,7 +19,6 @@ from skylar.models.presets import get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import GuardConfig
 from skylar.training.loss import NextTokenObjective
-from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import (
@@ -52,8 +51,8 @@ class Faulty(NextTokenObjective):
     def forward(self, batch):
         batch = dict(batch)
         factor = batch.pop("factor")[0]
-        loss_sum, *rest = super().forward(batch)
-        return LossOutput(loss_sum * factor, *rest)
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * factor)
 
 
 class FaultyGradient(Faulty):
@@ -66,7 +65,7 @@ class FaultyGradient(Faulty):
         if factor.isfinite().all():
             return out
         zero = (weight - weight.detach()).sum().sqrt()
-        return LossOutput(out.loss_sum + zero, out.n_valid, out.metrics)
+        return out._replace(loss_sum=out.loss_sum + zero)
 
 
 def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=NAN,

@@ -23,7 +23,6 @@ from skylar.models.decoder import CausalLM, DecoderConfig
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import everyone
 from skylar.training.loss import NextTokenObjective
-from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
@@ -97,8 +96,8 @@ class Faulty(NextTokenObjective):
     def forward(self, batch):
         batch = dict(batch)
         factor = batch.pop("factor")[0]
-        loss, *rest = super().forward(batch)
-        return LossOutput(loss * factor, *rest)
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * factor)
 
 
 def sparse_model() -> CausalLM:

@@ -12,7 +12,6 @@ from test_distributed import torchrun
 from skylar.training.guard import Guard, GuardConfig, LossSpikes
 from skylar.training.loss import LOSSES
 from skylar.training.metrics import CLOCK_FIELDS, read_metrics
-from skylar.training.objective import LossOutput
 
 NAN, INF = float("nan"), float("inf")
 
@@ -86,7 +85,7 @@ def test_metrics_of_a_bad_batch_do_not_spoil_the_row(data, tmp_path):
     class WithMetric(Faulty):
         def forward(self, batch):
             out = super().forward(batch)
-            return LossOutput(out.loss_sum, out.n_valid, {"extra": (out.loss_sum, out.n_valid)})
+            return out._replace(metrics={"extra": (out.loss_sum, out.n_valid)})
 
     t = make_trainer(data, tmp_path, bad=(20, 24), objective=WithMetric, log_every=4)
     rows = t.train()

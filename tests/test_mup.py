@@ -20,8 +20,8 @@ from skylar.models.families.llama3 import Llama3Config
 from skylar.models.families.qwen3 import Qwen3Config
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import (
+    DENSE,
     FAMILIES,
-    PRESETS,
     config_from_dict,
     config_to_dict,
     find_family,
@@ -377,11 +377,11 @@ def test_bad_settings_are_named(capsys):
 
 
 def test_every_preset_gets_multipliers():
-    for name in PRESETS:
+    for name in DENSE:
         wide = MupConfig(base_d_model=128, base_n_layers=4).model(get_config(name))
         decoder = as_decoder(wide)
         assert decoder.logits_scaling == decoder.d_model / 128
-        assert wide.plain() == PRESETS[name]
+        assert wide.plain() == DENSE[name]
 
 
 # --- several processes ---
