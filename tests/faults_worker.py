@@ -3,6 +3,9 @@
 `python faults_worker.py resize OUT`: one stage of a run on several numbers of processes, under
 torchrun; the documents that each rank reads go to OUT/read-STAGE-RANK.json.
 
+`python faults_worker.py together OUT BATCH`: all that must resume bit for bit, in one run that ends
+after so many micro-batches; OUT/digest is the hash of weights and moments.
+
 `python faults_worker.py elastic WORDS`: `skylar WORDS` with a rank that gets killed once.
 """
 
@@ -11,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -28,7 +32,13 @@ from skylar.training.muon import MuonConfig
 from skylar.training.mup import MupConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer, TrainStep
-from skylar.utils.processes import join_processes, leave_processes, rank_and_size, restart_count
+from skylar.utils.processes import (
+    is_main_process,
+    join_processes,
+    leave_processes,
+    rank_and_size,
+    restart_count,
+)
 
 V, T, DOCUMENTS = 64, 8, 48
 MUP = MupConfig(base_d_model=8, base_n_layers=1, base_d_head=4)
@@ -78,7 +88,7 @@ class Workers:
         return 1000
 
     def __getitem__(self, i):
-        return self.loader._batch(i * self.loader.batch_size)
+        return self.loader._batch(i * self.loader.batch_size * self.loader.world_size)
 
     def __iter__(self):
         ahead = torch.utils.data.DataLoader(  # without a generator, it draws from the global one
@@ -93,6 +103,24 @@ class Workers:
 
     def load_state_dict(self, state):
         self.count = state["count"]
+
+
+class Killed(BaseException):
+    "Nothing after it runs."
+
+
+class Cut:
+    "Ends as by SIGKILL when the micro-batch after number `last` is asked for."
+
+    def __init__(self, loader: Workers, last: int):
+        self.loader, self.last = loader, last
+        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
+
+    def __iter__(self):
+        for item in self.loader:
+            if self.loader.count > self.last:
+                raise Killed
+            yield item
 
 
 class Idle(nn.Module):
@@ -112,8 +140,9 @@ def build(out: Path | None, steps: int, *, batch_size: int = 6, muon: bool = Fal
           parallel=None, accumulate: int = 2, prefetch: int = 2, **config):
     "A Trainer of a tiny Qwen3 on `dataset()`; the batch is divided among the ranks."
     rank, size = (parallel or ParallelConfig()).data_ranks(*rank_and_size())
-    loader = Recorded(PackedLoader(dataset(packed), batch_size=batch_size // size, seq_len=T, seed=5,
-                                   rank=rank, world_size=size, prefetch=prefetch))
+    loader = Recorded(PackedLoader(
+        dataset(packed), batch_size=batch_size // size, seq_len=T, seed=5, rank=rank,
+        world_size=size, prefetch=prefetch))
     torch.manual_seed(0)
     sizes = dict(d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=32, n_layers=2)
     mup = MUP if mup else MupConfig()
@@ -135,7 +164,7 @@ def digest(trainer: Trainer) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode())
-        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        found.update(whole(tensor).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -162,6 +191,23 @@ def resize(out: Path) -> None:
     leave_processes()
 
 
+TOGETHER = dict(muon=True, mup=True, packed=True, dropout=0.1, workers=True, idle=True)
+
+
+def together(out: Path, last: int) -> None:
+    "Go on to micro-batch `last`, in as many processes as there are."
+    join_processes(torch.device("cpu"))
+    settings = {k: v for k, v in TOGETHER.items() if k != "workers"}
+    trainer = build(out, steps=12, parallel=ParallelConfig(), save_every=1, **settings)
+    trainer.loader = Cut(Workers(trainer.loader.loader), last)
+    with suppress(Killed):
+        trainer.train(resume=True)
+    found = digest(trainer)
+    if is_main_process():
+        (out / "digest").write_text(found)
+    leave_processes()
+
+
 def elastic(words: list[str]) -> int:
     "`skylar WORDS`; at the first start, rank 1 kills itself before its ninth step."
     step_of = TrainStep.__call__
@@ -177,4 +223,7 @@ def elastic(words: list[str]) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(elastic(sys.argv[2:]) if sys.argv[1] == "elastic" else resize(Path(sys.argv[2])))
+    command, *words = sys.argv[1:]
+    if command == "elastic":
+        sys.exit(elastic(words))
+    resize(Path(words[0])) if command == "resize" else together(Path(words[0]), int(words[1]))

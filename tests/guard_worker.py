@@ -30,7 +30,6 @@ from skylar.utils.processes import (
     rank_and_size,
 )
 
-
 NAN = float("nan")
 
 

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults_worker import DOCUMENTS, Recorded, Workers, build, digest, stop_after
+from faults_worker import (
+    DOCUMENTS,
+    TOGETHER,
+    Cut,
+    Killed,
+    Recorded,
+    Workers,
+    build,
+    digest,
+    stop_after,
+)
 from test_distributed import numbers, pretrain, pretrain_words, torchrun
 
 from skylar.cli import main
@@ -84,20 +94,16 @@ def test_k_and_the_rest_give_the_hash_of_the_whole(straight, tmp_path, kind, whe
     assert digest(second) == straight[kind]
 
 
-class Killed(BaseException):
-    """Nothing after it runs."""
-
-
 @pytest.mark.parametrize("batch", [7, 8, 9, 16, 17, 18, 25])
 def test_cut_off_within_a_step_the_partial_accumulation_is_done_again(straight, tmp_path, batch):
     first = make(tmp_path, accumulate=3, save_every=1)
-    class Cut(Recorded):
+    class Ending(Recorded):
         def __iter__(self):
             for i, item in enumerate(super().__iter__(), 1):
                 if i == batch:
                     raise Killed
                 yield item
-    first.loader = Cut(first.loader.loader)
+    first.loader = Ending(first.loader.loader)
     with pytest.raises(Killed):
         first.train()
     assert find_checkpoint(tmp_path).name == f"step-{(batch - 1) // 3:06d}"
@@ -108,7 +114,6 @@ def test_cut_off_within_a_step_the_partial_accumulation_is_done_again(straight, 
 
 # --- all of it together: Muon, muP, packed sequences, dropout, worker processes, idle matrices ---
 
-TOGETHER = dict(muon=True, mup=True, packed=True, dropout=0.1, workers=True, idle=True)
 CUTS = {  # (micro-batches a step, of which so many are read when the run ends); 16 an epoch
     "mid-epoch": (2, 6), "mid-accumulation": (2, 7), "mid-accumulation of three": (3, 8),
     "exact end of the epoch": (2, 16), "end of the epoch inside a step": (3, 16),
@@ -124,20 +129,6 @@ def together():
         trainer.train()
         found[accumulate] = digest(trainer)
     return found
-
-
-class Cut:
-    """Ends as by SIGKILL when the micro-batch after number `last` is asked for."""
-
-    def __init__(self, loader, last: int):
-        self.loader, self.last = loader, last
-        self.state_dict, self.load_state_dict = loader.state_dict, loader.load_state_dict
-
-    def __iter__(self):
-        for item in self.loader:
-            if self.loader.count > self.last:
-                raise Killed
-            yield item
 
 
 @pytest.mark.parametrize("where", CUTS)
@@ -583,6 +574,17 @@ def test_no_document_is_lost_or_read_twice_on_1_2_3_and_1_processes(tmp_path):
     for name, weight in torch.load(tmp_path / "weights.pt").items():
         one = dict(alone.model.named_parameters())[name]
         torch.testing.assert_close(weight, one.detach(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_all_of_it_together_on_two_ranks_resumes_to_the_hash_of_the_whole(tmp_path):
+    """Ended in a step, at the exact end of an epoch (batch 8), and in a step of the second one."""
+    hashes = []
+    for out, batch in (("whole", 24), ("cut", 5), ("cut", 8), ("cut", 11), ("cut", 24)):
+        torchrun(2, WORKER, "together", tmp_path / out, batch)
+        hashes.append((tmp_path / out / "digest").read_text())
+        assert find_checkpoint(tmp_path / out).name == f"step-{batch // 2:06d}"
+    assert hashes[0] == hashes[-1] and len(set(hashes)) == 4
 
 
 @pytest.mark.slow

@@ -272,7 +272,7 @@ def test_nothing_is_read_from_the_device_until_a_row_is_written(data, monkeypatc
 
 
 WORKER = Path(__file__).with_name("guard_worker.py")
-IDS = dict(ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else str(v))
+IDS = dict(ids=str)
 
 
 def run_ranks(folder: Path, n: int, **settings) -> dict:

@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from step_worker import BAD, MICRO, ROWS, STEPS, T, Balance, Faulty, MicroBatches, sparse_model, train
+from step_worker import (
+    BAD,
+    MICRO,
+    ROWS,
+    STEPS,
+    Balance,
+    Faulty,
+    MicroBatches,
+    T,
+    sparse_model,
+    train,
+)
 
 from skylar.training.evaluate import evaluate
 from skylar.training.guard import everyone
