@@ -41,6 +41,9 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
     "test_guard": {
         "test_a_parameter_that_is_idle_on_one_rank_or_on_both",
+        "test_ranks_agree_when_one_of_them_meets_a_bad_batch",
+        "test_ranks_agree_when_one_of_them_sees_a_spike",
+        "test_ranks_that_share_matrices_agree_about_a_gradient_of_one_of_them",
         "test_two_ranks_agree_when_one_of_them_meets_a_bad_batch",
     },
     "test_hub": {"test_loading_needs_memory_for_the_model_once"},
@@ -50,6 +53,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_the_test_preset_opens_where_skylar_is_not_installed",
     },
     "test_many_devices": {"test_compiled_block_by_block_under_fsdp"},
+    "test_mup": {"test_groups_and_weights_survive_sharding"},
     "test_muon": {
         "test_muon_of_each_ranks_own_part_is_another_optimizer",
         "test_owners_make_bfloat16_as_exact_as_its_gradients",

@@ -1,7 +1,8 @@
 """A small model on marked batches, alone or in the processes that torchrun starts; see test_guard.
 
-`python guard_worker.py OUT STRATEGY`: one rank of the last meets bad batches, is rolled back, and
-the first rank writes what it saw, and a hash of the whole weights."""
+`python guard_worker.py OUT SETTINGS`: the last process meets bad batches, and the first one writes
+what each saw: its decisions and a hash of the whole weights after every step. SETTINGS are
+ParallelConfig's; `kind`: what is bad, of KINDS."""
 
 import hashlib
 import json
@@ -18,7 +19,6 @@ from skylar.models.presets import get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import GuardConfig
 from skylar.training.loss import NextTokenObjective
-from skylar.training.objective import LossOutput
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import (
@@ -30,11 +30,13 @@ from skylar.utils.processes import (
     rank_and_size,
 )
 
+NAN = float("nan")
+
 
 class Marked(PackedLoader):
     "Batches that carry a factor for the loss: `factor` for samples in [first, last), else 1."
 
-    first, last, factor, bad_rank = 0, 0, float("nan"), None
+    first, last, factor, bad_rank = 0, 0, NAN, None
 
     def _batch(self, sample):
         here = self.first <= sample < self.last and self.bad_rank in (None, self.rank)
@@ -48,11 +50,24 @@ class Faulty(NextTokenObjective):
     def forward(self, batch):
         batch = dict(batch)
         factor = batch.pop("factor")[0]
-        loss_sum, n_valid, metrics = super().forward(batch)
-        return LossOutput(loss_sum * factor, n_valid, metrics)
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * factor)
 
 
-def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=float("nan"),
+class FaultyGradient(Faulty):
+    """The loss is what it should be; where the batch is marked, the gradient of the last norm is
+    infinite. Unlike a hook, this works when the parameter has been replaced by a shard."""
+
+    def forward(self, batch):
+        factor, weight = batch["factor"], self.model.model.norm.weight
+        out = super().forward(batch | {"factor": torch.ones_like(factor)})
+        if factor.isfinite().all():
+            return out
+        zero = (weight - weight.detach()).sum().sqrt()
+        return out._replace(loss_sum=out.loss_sum + zero)
+
+
+def make_trainer(data: Path, out: Path | None = None, *, bad=(0, 0), factor=NAN,
                  bad_rank=None, objective=Faulty, guard=None, callbacks=(), parallel=None,
                  rank=0, size=1, rows=4, n_layers=1, dropout=0.0, lr=3e-3, **train) -> Trainer:
     loader = Marked(ShardDataset(data), batch_size=rows // size, seq_len=16, rank=rank,
@@ -78,23 +93,42 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
-def main(out: Path, strategy: str) -> None:
+BACK = GuardConfig(rollback=1, max_nonfinite_steps=3)
+KINDS = {  # of which the last process alone knows
+    "loss": dict(bad=(32, 44), guard=BACK),
+    "gradient": dict(bad=(32, 44), guard=BACK, objective=FaultyGradient),
+    "spike": dict(bad=(48, 52), factor=16.0, guard=GuardConfig(spike_factor=2.0, spike_window=8)),
+}
+
+
+def main(out: Path, settings: dict) -> None:
     join_processes(torch.device("cpu"))
-    rank, size = rank_and_size()
+    kind, process, n = KINDS[settings.pop("kind", "loss")], *rank_and_size()
+    parallel = ParallelConfig(**settings)
+    rank, size = parallel.data_ranks(process, n)
     data = out / "data"
     on_main(write, corpus(), data)
+    kept, hashes = [], []
     trainer = make_trainer(
-        data, out / "run", bad=(32, 44), bad_rank=size - 1, rank=rank, size=size, n_layers=2,
-        guard=GuardConfig(rollback=1, max_nonfinite_steps=3),
-        parallel=ParallelConfig(strategy=strategy))
+        data, out / "run", bad_rank=rank if process == n - 1 else -1, rank=rank, size=size,
+        n_layers=2, parallel=parallel, **kind,
+        callbacks=[lambda row: hashes.append(weights_hash(trainer.model))])
+    guard = trainer.train_step.guard
+    decide = guard.decide
+
+    def noted(*args):
+        kept.append(bool(keep := decide(*args)))
+        return keep
+
+    guard.decide = noted
     trainer.train()
-    found = gather_objects({"hash": weights_hash(trainer.model), "step": trainer.progress.step,
-                            "rollbacks": trainer.train_step.guard.rollbacks})
+    found = gather_objects({"hash": hashes, "step": trainer.progress.step, "kept": kept,
+                            "rollbacks": guard.rollbacks, "spikes": int(guard.spikes.count)})
     if is_main_process():
         (out / "result.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     leave_processes()

@@ -11,7 +11,6 @@ from byte_corpus import corpus, write
 from guard_worker import Faulty, make_trainer, weights_hash
 
 from skylar.training.distributed import ParallelConfig
-from skylar.training.objective import LossOutput
 from skylar.utils.processes import (
     gather_objects,
     is_main_process,
@@ -36,7 +35,7 @@ class TwoHeads(Faulty):
         if rank_and_size()[0] or not self.training or self.step % 2:
             return out
         hidden = self.model.model.norm.weight[None]
-        return LossOutput(out.loss_sum + self.head(hidden).sum(), out.n_valid, out.metrics)
+        return out._replace(loss_sum=out.loss_sum + self.head(hidden).sum())
 
 
 def main(out: Path) -> None:

@@ -30,6 +30,7 @@ def main(out: str, settings: dict) -> None:
     parallel = ParallelConfig(**settings)
     torch.manual_seed(0)
     model = CausalLM(MUP.model(get_config("test", vocab_size=V, n_layers=2, dropout=0.0)))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = TrainConfig(steps=STEPS, dtype="float32", log_every=1, device="cpu",
                          grad_accum_steps=ACCUMULATE)
     rows_of_rank = RowsOfRank(*parallel.data_ranks(*rank_and_size()))
@@ -44,7 +45,7 @@ def main(out: str, settings: dict) -> None:
     weights = {name: whole(p) for name, p in model.named_parameters()}
     if is_main_process():
         torch.save({"losses": [row["loss"] for row in rows], "weights": weights,
-                    "groups": groups}, out)
+                    "start": start, "groups": groups}, out)
 
 
 if __name__ == "__main__":

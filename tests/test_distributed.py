@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skylar.training.distributed import ParallelConfig, recompute
+from skylar.training.distributed import ParallelConfig, frees_blocks, recompute
 from skylar.training.metrics import CLOCK_FIELDS
 from skylar.training.trainer import check_ranks
 from skylar.utils.processes import Ranks, place
@@ -51,7 +51,7 @@ def test_tensor_parallel_with_biases_and_learned_positions(tmp_path):
     (1, {"recompute": True}),
     (2, {"strategy": "ddp"}),
     (2, {"strategy": "fsdp"}),
-    (2, {"strategy": "fsdp", "reshard": False, "recompute": True}),
+    (2, {"strategy": "fsdp", "reshard": True, "recompute": True}),
     (2, {"tensor": 2}),
     (4, {"replicas": 2}),
     (4, {"tensor": 2}),
@@ -153,3 +153,10 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
     failed = pretrain(2, tmp_path / "odd", "--loader.batch_size", "7", check=False)
     assert failed.returncode != 0 and "does not divide among 2 processes" in failed.stderr
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize("reshard, numel, freed", [
+    (None, 2**26, False), (None, 2**26 + 1, True), (False, 2**27, False), (True, 1, True)])
+def test_small_models_keep_gathered_blocks(reshard, numel, freed):
+    block = torch.nn.Linear(numel, 1, bias=False, device="meta")
+    assert frees_blocks(ParallelConfig(reshard=reshard), block) is freed

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults_worker import DOCUMENTS, Recorded, build, digest, stop_after
+from faults_worker import (
+    DOCUMENTS,
+    TOGETHER,
+    Cut,
+    Killed,
+    Recorded,
+    Workers,
+    build,
+    digest,
+    stop_after,
+)
 from test_distributed import numbers, pretrain, pretrain_words, torchrun
 
 from skylar.cli import main
@@ -36,32 +46,6 @@ HERE = Path(__file__).parent
 WORKER = HERE / "faults_worker.py"
 
 # --- the same hash ---
-
-
-class Workers:
-    """Batches of a DataLoader with worker processes that run ahead; counts what it handed out."""
-
-    def __init__(self, loader):
-        self.loader, self.count = loader, 0
-
-    def __len__(self):
-        return 1000
-
-    def __getitem__(self, i):
-        return {k: v for k, v in self.loader._batch(i * self.loader.batch_size).items()}
-
-    def __iter__(self):
-        ahead = torch.utils.data.DataLoader(self, batch_size=None, num_workers=2,
-                                            sampler=range(self.count, 1000))
-        for batch in ahead:
-            self.count += 1
-            yield batch
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
 
 
 STEPS = 12
@@ -100,8 +84,6 @@ def straight():
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("kind", KINDS)
 def test_k_and_the_rest_give_the_hash_of_the_whole(straight, tmp_path, kind, where):
-    if kind == "several workers" and where != "second epoch":
-        pytest.skip("one place is enough for what starts processes")
     first = make(tmp_path, **KINDS[kind])
     first.metrics.callbacks = (stop_after(WHERE[where]),)
     first.train()
@@ -112,26 +94,75 @@ def test_k_and_the_rest_give_the_hash_of_the_whole(straight, tmp_path, kind, whe
     assert digest(second) == straight[kind]
 
 
-class Killed(BaseException):
-    """Nothing after it runs."""
-
-
 @pytest.mark.parametrize("batch", [7, 8, 9, 16, 17, 18, 25])
 def test_cut_off_within_a_step_the_partial_accumulation_is_done_again(straight, tmp_path, batch):
     first = make(tmp_path, accumulate=3, save_every=1)
-    class Cut(Recorded):
+    class Ending(Recorded):
         def __iter__(self):
             for i, item in enumerate(super().__iter__(), 1):
                 if i == batch:
                     raise Killed
                 yield item
-    first.loader = Cut(first.loader.loader)
+    first.loader = Ending(first.loader.loader)
     with pytest.raises(Killed):
         first.train()
     assert find_checkpoint(tmp_path).name == f"step-{(batch - 1) // 3:06d}"
     second = make(tmp_path, accumulate=3)
     second.train(resume=True)
     assert digest(second) == straight["three micro-batches"]
+
+
+# --- all of it together: Muon, muP, packed sequences, dropout, worker processes, idle matrices ---
+
+CUTS = {  # (micro-batches a step, of which so many are read when the run ends); 16 an epoch
+    "mid-epoch": (2, 6), "mid-accumulation": (2, 7), "mid-accumulation of three": (3, 8),
+    "exact end of the epoch": (2, 16), "end of the epoch inside a step": (3, 16),
+    "second epoch": (2, 20), "second epoch, mid-accumulation": (2, 21)}
+
+
+@pytest.fixture(scope="module")
+def together():
+    "Accumulation -> hash of the whole run."
+    found = {}
+    for accumulate in (2, 3):
+        trainer = make(None, accumulate=accumulate, **TOGETHER)
+        trainer.train()
+        found[accumulate] = digest(trainer)
+    return found
+
+
+@pytest.mark.parametrize("where", CUTS)
+def test_all_of_it_together_resumes_to_the_hash_of_the_whole(together, tmp_path, where):
+    accumulate, batch = CUTS[where]
+    first = make(tmp_path, accumulate=accumulate, save_every=1, **TOGETHER)
+    first.loader = Cut(first.loader, batch)
+    with pytest.raises(Killed):
+        first.train()
+    step = batch // accumulate
+    assert find_checkpoint(tmp_path).name == f"step-{step:06d}"
+    second = make(tmp_path, accumulate=accumulate, **TOGETHER)
+    second.train(resume=True)
+    assert second.loader.count == STEPS * accumulate
+    assert digest(second) == together[accumulate]
+
+
+def test_each_part_of_it_changes_the_hash(together):
+    """Else it would not be tested by it."""
+    for name in ("muon", "mup", "packed", "dropout"):
+        trainer = make(None, **{**TOGETHER, name: 0.0 if name == "dropout" else False,
+                                "workers": False})
+        trainer.train()
+        assert digest(trainer) != together[2], name
+    trainer = make(None, **TOGETHER | {"workers": False})
+    trainer.train()
+    assert digest(trainer) == together[2]  # worker processes read what the loader reads
+    objective, state = trainer.objective, trainer.train_step.optimizer.state
+    kinds = {next(iter(values)) for values in state.values()}
+    assert kinds == {"momentum_buffer", "step"}  # Muon's and AdamW's
+    idle = [objective.idle.weight, objective.model.model.layers[0].idle.weight]
+    assert all(p.requires_grad and p not in state for p in idle)
+    batch = next(iter(trainer.loader))
+    assert any(len(set(row.tolist())) > 1 for row in batch["document_ids"])
 
 
 def test_an_idle_parameter_has_no_moments_and_stays_what_it_is(tmp_path):
@@ -543,6 +574,17 @@ def test_no_document_is_lost_or_read_twice_on_1_2_3_and_1_processes(tmp_path):
     for name, weight in torch.load(tmp_path / "weights.pt").items():
         one = dict(alone.model.named_parameters())[name]
         torch.testing.assert_close(weight, one.detach(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_all_of_it_together_on_two_ranks_resumes_to_the_hash_of_the_whole(tmp_path):
+    """Ended in a step, at the exact end of an epoch (batch 8), and in a step of the second one."""
+    hashes = []
+    for out, batch in (("whole", 24), ("cut", 5), ("cut", 8), ("cut", 11), ("cut", 24)):
+        torchrun(2, WORKER, "together", tmp_path / out, batch)
+        hashes.append((tmp_path / out / "digest").read_text())
+        assert find_checkpoint(tmp_path / out).name == f"step-{batch // 2:06d}"
+    assert hashes[0] == hashes[-1] and len(set(hashes)) == 4
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from test_distributed import torchrun
 from skylar.training.guard import Guard, GuardConfig, LossSpikes
 from skylar.training.loss import LOSSES
 from skylar.training.metrics import CLOCK_FIELDS, read_metrics
-from skylar.training.objective import LossOutput
 
 NAN, INF = float("nan"), float("inf")
 
@@ -86,7 +85,7 @@ def test_metrics_of_a_bad_batch_do_not_spoil_the_row(data, tmp_path):
     class WithMetric(Faulty):
         def forward(self, batch):
             out = super().forward(batch)
-            return LossOutput(out.loss_sum, out.n_valid, {"extra": (out.loss_sum, out.n_valid)})
+            return out._replace(metrics={"extra": (out.loss_sum, out.n_valid)})
 
     t = make_trainer(data, tmp_path, bad=(20, 24), objective=WithMetric, log_every=4)
     rows = t.train()
@@ -272,22 +271,64 @@ def test_nothing_is_read_from_the_device_until_a_row_is_written(data, monkeypatc
 # --- several processes ---
 
 
+WORKER = Path(__file__).with_name("guard_worker.py")
+IDS = dict(ids=str)
+
+
+def run_ranks(folder: Path, n: int, **settings) -> dict:
+    "What a process saw, once it is known that all saw the same."
+    folder.mkdir(exist_ok=True)
+    torchrun(n, WORKER, folder, json.dumps(settings))
+    found = json.loads((folder / "result.json").read_text())
+    assert len(found) == n and all(one == found[0] for one in found)
+    return found[0]
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_agree_when_one_of_them_meets_a_bad_batch(tmp_path, strategy):
-    worker = Path(__file__).with_name("guard_worker.py")
-    torchrun(2, worker, tmp_path, strategy)
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert found[0] == found[1] and found[0]["rollbacks"] == 1 and found[0]["step"] == 20
-    rows = anomalies(tmp_path / "run")
+    found = run_ranks(tmp_path / "one", 2, strategy=strategy)
+    check_bad_batch(found, tmp_path / "one", 1, first_sample=2, last_sample=3)
+    assert run_ranks(tmp_path / "two", 2, strategy=strategy) == found  # bit for bit
+
+
+@pytest.mark.parametrize(("n", "settings", "samples"), [
+    (4, {"replicas": 2}, (3, 3)), (2, {"tensor": 2}, (0, 3)), (4, {"tensor": 2}, (2, 3))], **IDS)
+def test_ranks_agree_when_one_of_them_meets_a_bad_batch(tmp_path, n, settings, samples):
+    "The last process alone: with tensor=2, its partner has the same batch without a fault."
+    found = run_ranks(tmp_path / "one", n, **settings)
+    check_bad_batch(found, tmp_path / "one", n - 1, *samples)
+
+
+def check_bad_batch(found: dict, folder: Path, rank: int, first_sample: int, last_sample: int):
+    assert found["rollbacks"] == 1 and found["step"] == 20
+    assert found["kept"] == [True] * 8 + [False] * 3 + [True] * 12  # 20 steps, three again
+    rows = anomalies(folder / "run")
     assert [r["event"] for r in rows] == ["skipped"] * 3 + ["rollback"]
-    for row, first in zip(rows, (32, 36, 40)):
-        assert row["micro_batches"] == [
-            {"rank": 1, "micro_batch": 0, "loss": "nan", "samples": [first + 2, first + 3]}]
+    for row, sample in zip(rows, (32, 36, 40)):
+        assert row["micro_batches"] == [{"rank": rank, "micro_batch": 0, "loss": "nan",
+                                         "samples": [sample + first_sample, sample + last_sample]}]
     assert rows[3]["to_step"] == 8
-    again = tmp_path / "again"
-    again.mkdir()
-    torchrun(2, worker, again, strategy)
-    assert json.loads((again / "result.json").read_text()) == found  # bit for bit
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_that_share_matrices_agree_about_a_gradient_of_one_of_them(tmp_path, n):
+    """Of a norm that both have, so that no sum over ranks tells the other one of it."""
+    found = run_ranks(tmp_path / "one", n, tensor=2, kind="gradient")
+    assert found["kept"] == [True] * 8 + [False] * 3 + [True] * 12 and found["rollbacks"] == 1
+    rows = anomalies(tmp_path / "one/run")
+    assert [r["cause"] for r in rows[:3]] == ["gradient"] * 3
+    assert all(r["parameters"] == ["model.model.norm.weight"] for r in rows[:3])
+
+
+@pytest.mark.parametrize(("n", "settings"), [
+    (2, {"strategy": "ddp"}), (4, {"replicas": 2}), (2, {"tensor": 2})], **IDS)
+def test_ranks_agree_when_one_of_them_sees_a_spike(tmp_path, n, settings):
+    found = run_ranks(tmp_path / "one", n, kind="spike", **settings)
+    assert found["kept"] == [step != 13 for step in range(1, 21)]
+    assert found["hash"][11] == found["hash"][12] != found["hash"][13]  # samples 48 to 51
+    assert found["spikes"] == 1 and found["rollbacks"] == 0
+    (row,) = anomalies(tmp_path / "one/run")
+    assert (row["step"], row["cause"]) == (13, "loss spike")
 
 
 

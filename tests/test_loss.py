@@ -226,7 +226,7 @@ def test_objective_sums_over_targets_and_passes_what_the_batch_has():
     torch.manual_seed(0)
     model, ids = Stub(), torch.randint(11, (2, 5))
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    loss, n, metrics = NextTokenObjective(model)({"input_ids": ids, "labels": labels})
+    loss, n, metrics, *_ = NextTokenObjective(model)({"input_ids": ids, "labels": labels})
     logits = model.lm_head(model.embed(ids))
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, expected)

@@ -67,7 +67,7 @@ def two():
     workers.close()
 
 
-@pytest.mark.parametrize("settings", [{}, {"reshard": False}, {"strategy": "ddp"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"reshard": True}, {"strategy": "ddp"}], ids=str)
 @pytest.mark.parametrize(("tied", "loss"), [(True, "fused"), (False, "fused"), (False, "plain")])
 def test_a_sharded_head_under_non_uniform_upstream_gradients(two, tied, loss, settings):
     """The head's weight is a sharded DTensor outside of forward; and Liger once scaled all

@@ -20,8 +20,8 @@ from skylar.models.families.llama3 import Llama3Config
 from skylar.models.families.qwen3 import Qwen3Config
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import (
+    DENSE,
     FAMILIES,
-    PRESETS,
     config_from_dict,
     config_to_dict,
     find_family,
@@ -377,26 +377,36 @@ def test_bad_settings_are_named(capsys):
 
 
 def test_every_preset_gets_multipliers():
-    for name in PRESETS:
+    for name in DENSE:
         wide = MupConfig(base_d_model=128, base_n_layers=4).model(get_config(name))
         decoder = as_decoder(wide)
         assert decoder.logits_scaling == decoder.d_model / 128
-        assert wide.plain() == PRESETS[name]
+        assert wide.plain() == DENSE[name]
 
 
 # --- several processes ---
 
 
-def run_worker(tmp_path, n: int, **settings) -> dict:
-    torchrun(n, WORKER, tmp_path / f"{n}.pt", json.dumps(settings))
-    return torch.load(tmp_path / f"{n}.pt")
+def run_worker(folder, n: int, **settings) -> dict:
+    torchrun(n, WORKER, folder / f"{n}.pt", json.dumps(settings))
+    return torch.load(folder / f"{n}.pt")
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_groups_and_weights_survive_sharding(tmp_path, muon):
-    alone = run_worker(tmp_path, 1, muon=muon)
-    shared = run_worker(tmp_path, 2, muon=muon, strategy="fsdp")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    "Of AdamW and of Muon."
+    return {muon: run_worker(tmp_path_factory.mktemp("alone"), 1, muon=muon)
+            for muon in (False, True)}
+
+
+@pytest.mark.parametrize(("n", "settings"), [
+    (2, {"strategy": "fsdp"}), (4, {"replicas": 2}), (2, {"tensor": 2})], ids=str)
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon"])
+def test_groups_and_weights_survive_sharding(alone, tmp_path, muon, n, settings):
+    """Rates depend on whole shapes, not on those of a rank's part."""
+    alone, shared = alone[muon], run_worker(tmp_path, n, muon=muon, **settings)
     assert shared["groups"] == alone["groups"] and len(alone["groups"]) > 3
     assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(shared["weights"][name], weight, atol=2e-4, rtol=0)
+        assert (weight - alone["start"][name]).abs().max() > 2e-3, name  # more than the bound

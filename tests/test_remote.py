@@ -268,8 +268,10 @@ def test_stream_is_the_corpus_in_a_bounded_cache(proxy, bucket, data, tmp_path):
     for step, batch in enumerate(loader):
         for row, start in zip(batch["input_ids"], offsets[4 * step : 4 * step + 4]):
             assert (row.numpy() == local[start : start + 24]).all()
-        files = (tmp_path / "train").glob("shard-*")
-        most = max(most, sum(p.stat().st_size for p in files if p.suffix in (".bin", ".idx")))
+        with streamed.cache.files.lock:  # under which files are dropped, in other threads
+            files = [p for p in (tmp_path / "train").glob("shard-*.*")
+                     if p.suffix in (".bin", ".idx")]
+            most = max(most, sum(p.stat().st_size for p in files))
         if loader.epoch:
             break
     assert 0 < most <= limit < limit_of(data, 10**6) / 2

@@ -489,8 +489,8 @@ class WithHead(Noisy):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, batch):
-        loss, n, metrics = super().forward(batch)
-        return LossOutput(loss * self.scale.exp(), n, metrics)
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * self.scale.exp())
 
 
 def test_tensors_of_the_objective_itself_are_saved_and_load_weights_ignores_them(tmp_path):

@@ -47,6 +47,8 @@ def first_cell(path: Path) -> dict[str, str]:
 CHAPTERS = {  # folder of a notebook -> heading of its table
     "00_transformer": "Chapter 00: from raw text to a trained GPT",
     "01_gqa_rope": "Chapter 01: the modern dense decoder",
+    "02_moe": "Chapter 02: sparse experts",
+    "03_mla": "Chapter 03: latent attention",
     "library": "Library notebooks: the plumbing, same export, same tests, no exercises",
     "": "Beside the lessons",
 }
@@ -181,6 +183,59 @@ def time_to_quality_rows() -> Iterator[list[str]]:
                f"{median('classic', 'val_loss'):.2f} nats", "", ""]
 
 
+def loss_rows() -> Iterator[list[str]]:
+    "Fused cross-entropy in bf16 on all threads: time and added memory against the plain path."
+    found = result("loss")
+    threads = max(row["threads"] for row in found["rows"])
+    for n in (4096, 8192):
+        sides = {row["side"]: row for row in found["rows"] if (
+            row["dtype"], row["positions"], row["threads"]) == ("bf16", n, threads)}
+        ours, plain, core = sides["ours"], sides["plain"], sides["PyTorch fused"]
+        what = f"cross-entropy over {found['vocab_size']:,} tokens, {n:,} positions, bf16"
+        yield [f"{what}: time", f"{ours['seconds']:.2f} s", f"{plain['seconds']:.2f} s (plain)",
+               f"{ours['time_ratio']:.2f}x", "0.75x"]
+        yield [f"{what}: added memory", f"{ours['added_mb']:.0f} MB",
+               f"{plain['added_mb']:,.0f} MB (plain)", f"{ours['memory_ratio']:.0%}", "12%"]
+        yield [f"{what}: time against PyTorch's fused loss in its fastest setting",
+               f"{ours['seconds']:.2f} s, loss off by {ours['loss_error']:.0e}",
+               f"{core['seconds']:.2f} s, loss off by {core['loss_error']:.0e}",
+               f"{ours['seconds'] / core['seconds']:.2f}x", "1x"]
+    slow = next(row for row in found["rows"] if row["side"] == "PyTorch default")
+    ours = next(row for row in found["rows"] if row["side"] == "ours" and all(
+        row[key] == slow[key] for key in ("dtype", "positions", "threads")))
+    yield [f"the same, {slow['positions']:,} positions, PyTorch's fused loss as it comes",
+           f"{ours['seconds']:.2f} s", f"{slow['seconds']:.2f} s",
+           f"{ours['seconds'] / slow['seconds']:.2f}x", "1x"]
+
+
+def scaling_rows() -> Iterator[list[str]]:
+    "FSDP on two processes against two runs side by side that share nothing, and alone."
+    found = result("scaling")
+    rows = [row for row in found["rows"] if row["way"] == "fsdp"]
+    worst = max(rows, key=lambda row: row["ratio_beside"]["median"])
+    largest = max(rows, key=lambda row: row["parameters"])
+    for row, what in ((worst, "worst of the grid"), (largest, "largest of the grid")):
+        yield [f"FSDP on two CPU processes, {row['parameters'] / 1e6:.1f}M parameters ({what})",
+               f"{row['tokens_per_s']:,} tokens/s", "time of two runs that share nothing",
+               f"{row['ratio_beside']['median']:.2f}x", f"{found['summary']['target']}x"]
+
+
+def checkpoint_rows() -> Iterator[list[str]]:
+    "Share of the wall-clock at one background save a minute."
+    found = result("checkpoints")
+    row = next(r for r in found["rows"] if (r["preset"], r["saving"]) == ("small", "async"))
+    yield [f"one background checkpoint a minute, {row['megabytes']:.0f} MB: all extra time",
+           f"{row['extra_s']:.2f} s", "", f"{row['share']:.1%}", f"{row['target']:.0%}"]
+
+
+def muon_rows() -> Iterator[list[str]]:
+    "The default Muon's share of a step of a model of 100M parameters."
+    found = result("muon")
+    row = next(r for r in found["rows"] if r["optimizer"] == "Muon, bfloat16")
+    yield [f"Muon at {found['parameters'] / 1e6:.0f}M parameters, step of 16,384 tokens: its share",
+           f"{row['seconds']:.1f} s", "", f"{row['share_of_step_16384']:.1%}", "10%"]
+
+
 def loader_rows() -> Iterator[list[str]]:
     "Tokens handed out against tokens trained on."
     row = min(result("loader")["rows"], key=lambda r: r["ratio"])
@@ -204,6 +259,10 @@ SOURCES = {  # what is measured, its script -> its rows
     ("tiled attention on a CPU", "attention.py"): attention_rows,
     ("training on a GPU", "gpu.sh"): gpu_rows,
     ("time to quality", "time_to_quality.py"): time_to_quality_rows,
+    ("cross-entropy", "loss.py"): loss_rows,
+    ("FSDP on two processes", "scaling.py"): scaling_rows,
+    ("checkpoints", "checkpoints.py"): checkpoint_rows,
+    ("Muon's share of a step", "muon.py"): muon_rows,
     ("batches from disk", "loader.py"): loader_rows,
     ("corpus to shards", "tokenize.py"): tokenize_rows,
 }

@@ -8,11 +8,14 @@ __all__ = ['first_token_of', 'StreamOrder', 'is_whole', 'spare_shards', 'ShardFi
 
 # %% ../../nbs/library/streaming.ipynb #1422e682
 import hashlib
+import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import InitVar, asdict, dataclass
 from pathlib import Path
 
@@ -107,20 +110,22 @@ class StreamOrder:
 def is_whole(files: "ShardFiles", name: str, size: int, sha256: str) -> bool:
     "Whether a file is here and right; one of an earlier run is read once."
     path = files.folder / name
-    if not (path.is_file() and path.stat().st_size == size):
+    try:
+        if path.stat().st_size != size:
+            return False
+        if name in files.checked or sha256_file(path) == sha256:
+            return True
+    except FileNotFoundError:  # another process may drop it at any moment
         return False
-    if name in files.checked or sha256_file(path) == sha256:
-        return True
     files.report(f"{path} is damaged: fetched again")
     return False
 
 
 def spare_shards(files: "ShardFiles") -> list[int]:
-    "Least recently used shards that must go until the rest fits; those wanted stay."
-    here = {*files.here(), *files.loading}
+    "Least recently used shards that must go until the rest fits; those needed stay."
+    here, stay = {*files.here(), *files.loading}, {*files.wanted, *files.loading, *files.waiting}
     too_much, found = sum(map(files.size, here)) - files.limit, []
-    for i in sorted(here - {*files.wanted} - files.loading,
-                    key=lambda i: files.used.get(i, 0.0)):
+    for i in sorted(here - stay, key=lambda i: files.used.get(i, 0.0)):
         if too_much <= 0:
             break
         found.append(i)
@@ -139,6 +144,7 @@ class ShardFiles:
         self.checked, self.used = set(), {}  # files whose hash was right; last use of a shard
         self.wanted: list[int] = []  # shards to keep
         self.loading: set[int] = set()  # on their way now
+        self.waiting: Counter = Counter()  # how many threads are about to read a shard
 
     def size(self, i: int) -> int:
         "Bytes of a shard and its index."
@@ -149,7 +155,8 @@ class ShardFiles:
         return (name := self.rows[i]["file"]), name.replace(".bin", ".idx")
 
     def has(self, i: int) -> bool:
-        return (self.folder / self.rows[i]["file"]).is_file()
+        "Whether any of a shard is on the disk."
+        return any((self.folder / name).is_file() for name in self.names(i))
 
     def here(self) -> list[int]:
         "Shards that are on the disk."
@@ -158,16 +165,29 @@ class ShardFiles:
     def bring(self, i: int) -> None:
         "Make room for shard `i` and fetch what is not here."
         row, (tokens, index) = self.rows[i], self.names(i)
-        with self.lock:
-            self.loading.add(i)
-            self._make_room()
-        with directory_lock(self.folder, f".{tokens}.lock", "a shard is being fetched",
-                            timeout=3600):
-            self._bring_file(index, 8 * (row["documents"] + 1), row["index_sha256"])
-            self._bring_file(tokens, row["tokens"] * self.itemsize, row["sha256"])
-        with self.lock:
-            self.loading.discard(i)
+        try:
+            with self.lock:
+                self.loading.add(i)
+                self._make_room()
+            with directory_lock(self.folder, f".{tokens}.lock", "a shard is being fetched",
+                                timeout=3600):
+                self._bring_file(index, 8 * (row["documents"] + 1), row["index_sha256"])
+                self._bring_file(tokens, row["tokens"] * self.itemsize, row["sha256"])
             self.used.setdefault(i, time.monotonic())
+        finally:
+            with self.lock:
+                self.loading.discard(i)
+
+    @contextmanager
+    def keep(self, i: int) -> Iterator[None]:
+        "Inside `with`, this process does not drop shard `i`."
+        with self.lock:
+            self.waiting += Counter([i])
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.waiting -= Counter([i])  # no entry is left at 0
 
     def _bring_file(self, name: str, size: int, sha256: str) -> None:
         if not is_whole(self, name, size, sha256):
@@ -185,7 +205,7 @@ class ShardCache:
     "Fetches shards ahead of their use, in threads of its own."
 
     def __init__(self, files: ShardFiles):
-        self.files, self.lock = files, threading.Lock()
+        self.files, self.lock, self.process = files, threading.Lock(), os.getpid()
         self.coming: dict[int, Future] = {}  # downloads, going on or done
         self.todo = queue.SimpleQueue()
         for _ in range(2):
@@ -214,14 +234,37 @@ class ShardCache:
             self.todo.put((i, future))
         return future
 
-    def get(self, i: int) -> None:
-        "Wait until shard `i` is here and whole. `OSError` if it cannot be had."
+    def get(self, i: int, read: Callable[[], np.ndarray], attempts: int = 10) -> np.ndarray:
+        """`read()`, once shard `i` is here and whole. `OSError` if it cannot be had.
+
+        This process does not drop the shard meanwhile. Another one that shares the folder
+        may: then it is fetched again."""
+        if os.getpid() != self.process:
+            raise RuntimeError(f"{self.files.folder}: a forked process has no threads that "
+                               "fetch shards; open the StreamedDataset in that process")
+        with self.files.keep(i):
+            for _ in range(attempts):
+                future = self._wait(i)
+                try:
+                    return read()
+                except (FileNotFoundError, ValueError) as error:  # gone, or cut short
+                    reason = error
+                with self.lock:
+                    if self.coming.get(i) is future:
+                        del self.coming[i]
+        name = self.files.rows[i]["file"]
+        raise OSError(f"{self.files.folder / name} was fetched {attempts} times and dropped "
+                      f"each time ({reason}); give the cache more room")
+
+    def _wait(self, i: int) -> Future:
+        "Wait for the download of shard `i`, or raise its error."
         with self.lock:
             self.files.used[i] = time.monotonic()
             future = self._fetch(i)
         start = time.perf_counter()
         future.result()
         self.seconds_waited += time.perf_counter() - start
+        return future
 
     def close(self) -> None:
         "No more downloads."
@@ -248,14 +291,15 @@ class MappedShards:
 
     def __getitem__(self, i: int) -> np.ndarray:
         i = int(i)
-        if i not in self.maps:
-            self.cache.get(i)
+        array = self.maps.get(i)
+        if array is None:
             files = self.cache.files
             name, count = files.names(i)[self.more], files.rows[i][self.key] + self.more
-            array = map_file(files.folder, name, self.dtype, count)
-            keep = {*files.wanted, i}
+            array = self.cache.get(
+                i, lambda: map_file(files.folder, name, self.dtype, count))
+            keep = {*files.wanted, i}  # another thread may keep others: so not self.maps[i]
             self.maps = {k: v for k, v in self.maps.items() if k in keep} | {i: array}
-        return self.maps[i]
+        return array
 
 
 def cached_manifest(remote: RemoteFolder, folder: Path, report=say) -> dict:

@@ -24,8 +24,8 @@ from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'shard',
-           'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
+__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices',
+           'frees_blocks', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
@@ -114,12 +114,21 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     return partial_gradients
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #ed928da9
+KEPT = 2**28  # bytes of gathered blocks that cost less than gathering them again
+
+def frees_blocks(config: ParallelConfig, blocks: nn.Module) -> bool:
+    "Whether a block's weights go after its forward pass, to be gathered again."
+    if config.reshard is not None:
+        return config.reshard
+    return sum(p.numel() * p.itemsize for p in blocks.parameters()) > KEPT
+
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     "FSDP2 for every block, then for the rest: embedding, last norm and head."
     share = partial(fully_shard, mesh=mesh)
-    policy = block_policy(config.gather_dtype)
-    for block in objective.model.model.layers:
-        share(block, reshard_after_forward=config.reshard, mp_policy=policy)
+    policy, blocks = block_policy(config.gather_dtype), objective.model.model.layers
+    free = frees_blocks(config, blocks)
+    for block in blocks:
+        share(block, reshard_after_forward=free, mp_policy=policy)
     if config.gather_dtype != "float32":
         objective.register_forward_pre_hook(refuse_without_autocast)
     share(objective, reshard_after_forward=False)  # backward begins with them
@@ -189,7 +198,9 @@ class ParallelConfig:
     strategy: Literal["fsdp", "ddp"] = "fsdp"  # shard the model, or copy it
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
-    reshard: bool = True  # fsdp: free a block's weights after its forward pass (ZeRO-3)
+    # fsdp: free a block's weights after its forward pass (ZeRO-3); null: if those of all
+    # blocks are above 256 MB
+    reshard: bool | None = None
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block

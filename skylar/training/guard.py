@@ -60,12 +60,15 @@ class LossSpikes:
         values = self.recent.sort().values  # NaN comes last
         return values[(len(values) - 1) // 2] + 0 * values[-1]
 
-    def add(self, loss: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-        "Whether `loss` is a spike, and the median before it; it then enters the window."
+    def add(self, loss: Tensor, finite: Tensor,
+            agree: Callable[[Tensor], Tensor] = lambda spike: spike) -> tuple[Tensor, Tensor]:
+        """Whether `loss` is a spike, and the median before it; it then enters the window.
+
+        `agree`: what all processes make of this one's answer."""
         if self.factor is None:
             return torch.zeros_like(finite), loss
         median = self.median()
-        spike = finite & (loss > self.factor * median)  # NaN: never
+        spike = agree(finite & (loss > self.factor * median))  # NaN: never
         slot = self.seen % len(self.recent)
         self.recent[slot] = loss.where(finite, self.recent[slot])
         self.seen, self.count = self.seen + 1, self.count + spike
@@ -302,8 +305,9 @@ class Guard:
                params: list[nn.Parameter]) -> Tensor:
         "Whether this step moves the weights, as a tensor; the gradients are those of `params`."
         finite = everyone(finite, self.ranks)
-        spike, median = self.spikes.add(loss, finite)
-        keep = everyone(finite & ~spike, self.ranks)
+        spike, median = self.spikes.add(
+            loss, finite, lambda spike: ~everyone(~spike, self.ranks))
+        keep = finite & ~spike
         self.counter.add(finite)
         graded = [p for p in params if p.grad is not None]
         self.records.append(StepRecord(

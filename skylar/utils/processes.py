@@ -124,7 +124,8 @@ class Ranks:
         "A tensor's sum or maximum (`max`) over the ranks, number by number."
         if self.size == 1:
             return value
-        total = value.detach().double() if value.is_floating_point() else value.detach().clone()
+        exact = torch.float64 if value.is_floating_point() else torch.int64
+        total = value.detach().to(exact, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, getattr(dist.ReduceOp, operation.upper()), group=self.group)
         return total.to(value.dtype)
 
