@@ -200,6 +200,7 @@ def _check_keys(batch: dict[str, Tensor]) -> None:
 
 
 def _check_shifted(batch: dict[str, Tensor], ignore_index: int) -> None:
+    _check_keys(batch)
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.shape != labels.shape:
         raise ValueError(f"input_ids are {tuple(ids.shape)}, labels "
@@ -216,7 +217,6 @@ def _check_shifted(batch: dict[str, Tensor], ignore_index: int) -> None:
 # %% ../../nbs/01_gqa_rope/12_fused_loss.ipynb #bc684a54
 class NextTokenObjective(nn.Module):
     """Pretraining: predict each next token; `labels[t]` follows `input_ids[t]`.
-
     A batch holds input_ids and labels (B, T), -100 where a target does not count;
     document_ids and position_ids (B, T) too if several documents share a sequence."""
 
@@ -243,5 +243,4 @@ class NextTokenObjective(nn.Module):
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         "`ValueError` for labels that are not shifted; the Trainer calls it once."
-        _check_keys(batch)
         _check_shifted(batch, self.options.get("ignore_index", -100))
