@@ -121,7 +121,8 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, family, seed):
     rough(model, seed)
     save_pretrained(model, tmp_path / "ours", max_shard_size=20_000 if seed % 2 else 10**9)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True)
+        tmp_path / "ours", output_loading_info=True,
+        experts_implementation="eager")  # their grouped_mm does not take odd widths
     assert not any(report.values()), report
     assert type(theirs).__module__.startswith("transformers.")
     assert_same_model(model, theirs, seed)
