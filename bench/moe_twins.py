@@ -1,6 +1,6 @@
 """A sparse model against its dense twin: at equal active FLOPs, and at equal time.
 
-    python bench/moe_twins.py                          # about 20 minutes on one core
+    python bench/moe_twins.py                          # about 15 minutes on one core
     python bench/moe_twins.py --seeds 2 --steps 50 --dry    # a look; writes no file
 
 Two-layer models over the characters of Shakespeare's plays, as in `small_decoders.py`, judged by
@@ -32,7 +32,7 @@ from skylar.models.families.mixtral import MixtralConfig
 from skylar.training.loss import NextTokenObjective
 from skylar.utils.lesson import mean_interval
 
-STEPS = (500, 2000)  # lengths of a run, each with a schedule of its own
+STEPS = (300, 1000)  # lengths of a run, each with a schedule of its own
 
 
 def variants() -> dict:
