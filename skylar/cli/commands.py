@@ -165,7 +165,10 @@ def presets(
     """
     from skylar.models.presets import PRESETS
 
-    show([preset_row(name) for name in PRESETS], json)
+    rows = [preset_row(name) for name in PRESETS]
+    if not json:
+        rows = [row | {"active": f"{row['active'] / 1e9:.3g}B"} for row in rows]
+    show(rows, json)
     if not json:
         print("active: parameters that one token uses; D width, H heads, K key-value heads,\n"
               "Dh head width, L layers, F feed-forward width (of one expert); GB of weights and\n"
