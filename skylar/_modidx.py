@@ -32,6 +32,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'skylar.cli.commands.run_command': ('cli.html#run_command', 'skylar/cli/commands.py'),
                                      'skylar.cli.commands.run_config': ('cli.html#run_config', 'skylar/cli/commands.py'),
                                      'skylar.cli.commands.say_once': ('cli.html#say_once', 'skylar/cli/commands.py'),
+                                     'skylar.cli.commands.short_count': ('cli.html#short_count', 'skylar/cli/commands.py'),
                                      'skylar.cli.commands.short_help': ('cli.html#short_help', 'skylar/cli/commands.py'),
                                      'skylar.cli.commands.show': ('cli.html#show', 'skylar/cli/commands.py'),
                                      'skylar.cli.commands.show_summary': ('cli.html#show_summary', 'skylar/cli/commands.py'),
