@@ -170,9 +170,9 @@ def presets(
         rows = [row | {"active": short_count(row["active"])} for row in rows]
     show(rows, json)
     if not json:
-        print("active: parameters that one token uses; D width, H heads, K key-value heads,\n"
-              "Dh head width, L layers, F feed-forward width (of one expert); GB of weights and\n"
-              "kB of KV cache for each token, both in bfloat16")
+        print("active: parameters that one token uses; D width, H heads, K key-value\n"
+              "heads, Dh head width, L layers, F feed-forward width (of one expert);\n"
+              "GB of weights and kB of KV cache for each token, both in bfloat16")
 
 
 def short_count(n: int) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixtralConfig']
 
-# %% ../../../nbs/library/family_mixtral.ipynb #d1d902c0
+# %% ../../../nbs/library/family_mixtral.ipynb #aa90c2e2
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -25,8 +25,23 @@ _DEFAULTS = dict(  # what transformers assumes where config.json is silent
     intermediate_size=14_336, max_position_embeddings=131_072, rms_norm_eps=1e-5,
     attention_bias=False, attention_dropout=0.0, tie_word_embeddings=False,
     initializer_range=0.02, rope_theta=1e6)
+_TEST = dict(  # its active parameters are as many as those of the dense preset `test`
+    vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=4, d_head=32, n_layers=4, d_ff=128,
+    max_seq_len=4096, rope_theta=1e5, tie_embeddings=True)
 
-# %% ../../../nbs/library/family_mixtral.ipynb #9d248430
+
+def _read(hf: dict) -> dict[str, Any]:
+    "Fields from config.json."
+    require(hf, hidden_act=("silu", "swish"), sliding_window=(None,),
+            attention_bias=(False, None), router_jitter_noise=(0, None))
+    found = read_llama(hf, **_DEFAULTS)
+    del found["bias"]
+    return found | {
+        "n_experts": hf.get("num_local_experts", hf.get("num_experts", 8)),
+        "top_k": hf.get("num_experts_per_tok", 2),
+        "balance_loss": hf.get("router_aux_loss_coef", 0.001)}
+
+# %% ../../../nbs/library/family_mixtral.ipynb #dea752f1
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """Mixtral (Jiang et al. 2024); the defaults are the 8x7B model.
@@ -82,13 +97,7 @@ class MixtralConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "MixtralConfig":
-        require(hf, hidden_act=("silu", "swish"), sliding_window=(None,),
-                attention_bias=(False, None), router_jitter_noise=(0, None))
-        found = read_llama(hf, **_DEFAULTS)
-        del found["bias"]
-        return cls(**found, n_experts=hf.get("num_local_experts", hf.get("num_experts", 8)),
-                   top_k=hf.get("num_experts_per_tok", 2),
-                   balance_loss=hf.get("router_aux_loss_coef", 0.001))
+        return cls(**_read(hf))
 
     def weight_map(self) -> list[TensorMapping]:
         found = split_experts(self.decoder(), gate="w1", up="w3", down="w2")
@@ -97,9 +106,5 @@ class MixtralConfig:
 
     @staticmethod
     def presets() -> dict[str, "MixtralConfig"]:
-        "A small one, whose active parameters are those of the dense `test`, and 8x7B."
-        return {
-            "mixtral-test": MixtralConfig(
-                vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=4, d_head=32, n_layers=4,
-                d_ff=128, max_seq_len=4096, rope_theta=1e5, tie_embeddings=True),
-            "mixtral-8x7b": MixtralConfig()}
+        "A small one, as active as the dense `test`, and 8x7B."
+        return {"mixtral-test": MixtralConfig(**_TEST), "mixtral-8x7b": MixtralConfig()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Qwen3MoEConfig']
 
-# %% ../../../nbs/library/family_qwen3_moe.ipynb #a4c67a88
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #48436f74
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,8 +40,48 @@ _SPARSE = {  # ours -> config.json's
 _SPARSE_DEFAULTS = dict(
     moe_intermediate_size=768, intermediate_size=6144, num_experts=128, num_experts_per_tok=8,
     norm_topk_prob=False, decoder_sparse_step=1, mlp_only_layers=(), router_aux_loss_coef=0.001)
+_SIZES = {  # of the first the active parameters are as many as those of the dense `test`
+    "qwen3-moe-test": dict(
+        vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=4, d_head=32, n_layers=4,
+        d_ff=128, n_experts=8, top_k=2, max_seq_len=4096, rope_theta=1e5, tie_embeddings=True),
+    "qwen3-30b-a3b": {},
+    "qwen3-235b-a22b": dict(d_model=4096, n_heads=64, n_layers=94, d_ff=1536),
+}
 
-# %% ../../../nbs/library/family_qwen3_moe.ipynb #6147a4e6
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #5e80ac08
+def _block(self, sparse: bool) -> BlockConfig:
+    "A block with experts, or with one wide feed-forward layer."
+    norm = RMSNormConfig(eps=self.norm_eps)
+    attention = GQAConfig(
+        n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
+        d_head=head_width(self), bias=self.bias, rope=rope_config(self), qk_norm=norm,
+        dropout=self.dropout)
+    router = TopKConfig(n_experts=self.n_experts, top_k=self.top_k,
+                        normalize=self.norm_topk_prob)
+    ffn = MoEConfig(router=router, d_ff=self.d_ff)
+    if not sparse:
+        ffn = SwiGLUConfig(d_ff=self.dense_d_ff or self.top_k * self.d_ff)
+    return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
+
+
+def _write(self) -> dict[str, Any]:
+    "config.json."
+    hf = write_llama(self) | {"hidden_act": "silu", "use_sliding_window": False}
+    hf |= {key: getattr(self, ours) for ours, key in _SPARSE.items()}
+    return hf | {"intermediate_size": self.dense_d_ff or self.top_k * self.d_ff,
+                 "mlp_only_layers": list(self.mlp_only_layers)}
+
+
+def _read(hf: dict) -> dict[str, Any]:
+    "Fields from config.json."
+    require(hf, hidden_act=("silu", "swish"))
+    if "num_local_experts" in hf:  # transformers 5 writes this name, and reads both
+        hf = {"num_experts": hf["num_local_experts"]} | hf
+    given = {key: hf[key] for key in _SPARSE_DEFAULTS if hf.get(key) is not None}
+    sparse = _SPARSE_DEFAULTS | given
+    return read_llama(hf, **_DEFAULTS) | {ours: sparse[key] for ours, key in _SPARSE.items()}
+
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #0b36c4cd
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoEConfig:
     """Qwen3-MoE (Yang et al. 2025, section 2); the defaults are the 30B-A3B model.
@@ -87,18 +127,7 @@ class Qwen3MoEConfig:
         return [i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0
                 for i in range(self.n_layers)]
 
-    def block(self, sparse: bool) -> BlockConfig:
-        norm = RMSNormConfig(eps=self.norm_eps)
-        attention = GQAConfig(
-            n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=head_width(self), bias=self.bias, rope=rope_config(self), qk_norm=norm,
-            dropout=self.dropout)
-        router = TopKConfig(n_experts=self.n_experts, top_k=self.top_k,
-                            normalize=self.norm_topk_prob)
-        ffn = MoEConfig(router=router, d_ff=self.d_ff)
-        if not sparse:
-            ffn = SwiGLUConfig(d_ff=self.dense_d_ff or self.top_k * self.d_ff)
-        return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
+    block = _block
 
     def decoder(self) -> DecoderConfig:
         kinds, sparse = (self.block(False), self.block(True)), self.sparse_layers()
@@ -106,32 +135,16 @@ class Qwen3MoEConfig:
         return build_decoder(self, [kinds[is_sparse] for is_sparse in sparse],
                              norm=kinds[0].norm, auxiliary=auxiliary)
 
-    def to_hf(self) -> dict[str, Any] | None:
-        hf = write_llama(self) | {"hidden_act": "silu", "use_sliding_window": False}
-        hf |= {key: getattr(self, ours) for ours, key in _SPARSE.items()}
-        return hf | {"intermediate_size": self.dense_d_ff or self.top_k * self.d_ff,
-                     "mlp_only_layers": list(self.mlp_only_layers)}
+    to_hf = _write
 
     @classmethod
     def from_hf(cls, hf: dict) -> "Qwen3MoEConfig":
-        require(hf, hidden_act=("silu", "swish"))
-        if "num_local_experts" in hf:  # transformers 5 writes this name, and reads both
-            hf = {"num_experts": hf["num_local_experts"]} | hf
-        given = {key: hf[key] for key in _SPARSE_DEFAULTS if hf.get(key) is not None}
-        sparse = _SPARSE_DEFAULTS | given
-        found = {ours: sparse[key] for ours, key in _SPARSE.items()}
-        return cls(**read_llama(hf, **_DEFAULTS) | found)
+        return cls(**_read(hf))
 
     def weight_map(self) -> list[TensorMapping]:
         return split_experts(self.decoder())
 
     @staticmethod
     def presets() -> dict[str, "Qwen3MoEConfig"]:
-        "A small one, whose active parameters are those of the dense `test`, and two of Qwen's."
-        return {
-            "qwen3-moe-test": Qwen3MoEConfig(
-                vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=4, d_head=32, n_layers=4,
-                d_ff=128, n_experts=8, top_k=2, max_seq_len=4096, rope_theta=1e5,
-                tie_embeddings=True),
-            "qwen3-30b-a3b": Qwen3MoEConfig(),
-            "qwen3-235b-a22b": Qwen3MoEConfig(d_model=4096, n_heads=64, n_layers=94, d_ff=1536)}
+        "A small one, as active as the dense `test`, and two of Qwen's."
+        return {name: Qwen3MoEConfig(**sizes) for name, sizes in _SIZES.items()}
