@@ -65,7 +65,8 @@ def latent_variants(vocab_size: int) -> dict[str, DecoderConfig]:
     """Eight heads: 128 numbers in the cache of a token, a quarter and an eighth of that.
 
     The feed-forward layer takes up the difference in weights, to within a hidden unit."""
-    layers = {f"{n} KV head" + "s" * (n > 1): GQAConfig(n_heads=8, n_kv_heads=n) for n in (8, 2, 1)} | {
+    layers = {f"{n} KV head" + "s" * (n > 1): GQAConfig(n_heads=8, n_kv_heads=n)
+              for n in (8, 2, 1)} | {
         f"latent {rank} + {rotary}": MLAConfig(
             n_heads=8, kv_lora_rank=rank, qk_nope_head_dim=8, qk_rope_head_dim=rotary,
             v_head_dim=8)
