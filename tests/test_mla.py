@@ -3,13 +3,15 @@
 import json
 import math
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from skylar.inference.cpu_fused import can_fuse, why_not_fused
 from skylar.inference.generate import generate
@@ -29,8 +31,11 @@ from skylar.layers.mlp import SwiGLUConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.layers.rope import RoPEConfig, YaRNScaling, apply_rope, to_interleaved, write_scaling
 from skylar.models.decoder import CausalLM, DecoderConfig, cache_bytes
+from skylar.models.families.granite import ScaledConfig
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import config_from_dict, config_to_dict
+from skylar.training.mup import MupConfig, coordinate_check, fold, growth
+from skylar.training.optim import AdamWConfig
 
 YARN = YaRNScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
 SCALINGS = [
@@ -557,3 +562,75 @@ def test_equal_configs_share_what_is_prepared():
     model = CausalLM(decoder_of(WIDE, 20, 3))
     assert model.model.kind_of == [0, 0, 0]
     assert isinstance(model.model.layers[0].self_attn, MultiHeadLatentAttention)
+
+
+# --- muP ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentFamily:
+    "Heads, latents and feed-forward layer grow with the width; heads are as wide everywhere."
+
+    d_model: int
+    init_std: float = 0.1
+    q_latent: bool = True
+    vocab_size: int = 64
+    max_seq_len: int = 32
+    name: ClassVar[str] = "latent"
+
+    def decoder(self) -> DecoderConfig:
+        D, norm = self.d_model, RMSNormConfig()
+        attention = MLAConfig(
+            n_heads=D // 8, kv_lora_rank=D // 2, q_lora_rank=D // 2 if self.q_latent else None,
+            qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+        block = BlockConfig(attention=attention, ffn=SwiGLUConfig(d_ff=2 * D), norm=norm)
+        return DecoderConfig(
+            vocab_size=self.vocab_size, d_model=D, blocks=(block,) * 2, norm=norm,
+            max_seq_len=self.max_seq_len, init_std=self.init_std)
+
+
+def change_of_outputs(width: int, mup: MupConfig) -> dict[str, float]:
+    "After four steps on random tokens with a pattern, as in test_mup.py."
+    torch.manual_seed(0)
+    std = 0.1 if mup.on else 0.1 * math.sqrt(32 / width)
+    model = CausalLM(mup.model(LatentFamily(d_model=width, init_std=std)))
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(8, (4, 33), generator=generator).cumsum(1) % 64 for _ in range(5)]
+    optimizer = mup.optimizer(AdamWConfig(lr=0.015)).build(model)
+    return coordinate_check(
+        model, optimizer, ids[1:], lambda model, ids: F.cross_entropy(
+            model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()), ids[0][:, :-1])
+
+
+def test_the_coordinate_check_of_mup():
+    widths, slopes = (32, 64, 128, 256), {}
+    for name, mup in (("muP", MupConfig(base_d_model=32)), ("standard", MupConfig())):
+        rows = [change_of_outputs(width, mup) for width in widths]
+        slopes[name] = {part: growth(widths, [row[part] for row in rows]) for part in rows[0]}
+    for part in ("embedding", "attention", "residual stream"):
+        assert abs(slopes["muP"][part]) < 0.25, (part, slopes)
+    assert min(slopes["standard"][part] for part in ("residual stream", "logits")) > 0.2, slopes
+
+
+@pytest.mark.parametrize("q_latent", [True, False])
+@torch.no_grad()
+def test_folded_multipliers_keep_the_logits(q_latent):
+    scaled = ScaledConfig(
+        family=LatentFamily(d_model=32, q_latent=q_latent), attention_multiplier=0.7,
+        embedding_multiplier=3.0, residual_multiplier=0.4, logits_scaling=5.0)
+    model = scrambled(CausalLM(scaled), 0).eval()
+    folded, ids = fold(model), torch.randint(64, (2, 20))
+    assert folded.config is scaled.family
+    assert_close(folded(ids), model(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_generates_with_its_own_cache(tmp_path):
+    "A decoder that only Skylar builds, opened by AutoModelForCausalLM."
+    import skylar.models.auto  # noqa: F401
+
+    model = scrambled(CausalLM(decoder_of(WIDE, 20)), 0).eval()
+    folder = save_pretrained(model, tmp_path / "m")
+    theirs, ids = AutoModelForCausalLM.from_pretrained(folder), torch.randint(61, (2, 9))
+    found = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None,
+                            attention_mask=torch.ones_like(ids), pad_token_id=0)
+    assert torch.equal(found, generate(model, ids, 12, temperature=0))

@@ -205,6 +205,7 @@ def fold(
         attention = block.self_attn
         scale_parameters(attention.o_proj, source.scale)
         scale_parameters(block.mlp.down_proj, source.scale)
-        queries = getattr(attention, "q_norm", None) or attention.q_proj
+        queries = next(part for name in ("q_norm", "q_proj", "q_b_proj")
+                       if (part := getattr(attention, name, None)) is not None)
         scale_parameters(queries, getattr(source.self_attn, "q_scale", 1.0))
     return folded.train(model.training)
