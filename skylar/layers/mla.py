@@ -285,9 +285,10 @@ def absorbed_attention(
 def _attend(layer: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor,
             latents: Tensor, k_rope: Tensor, mask: AttentionMask) -> Tensor:
     "The cheaper of `absorbed_attention` and `expanded_attention`."
-    dropped = layer.training and layer.config.dropout
-    pays = absorption_pays(layer.config, q_nope.shape[2], latents.shape[2])
-    absorb = pays and not dropped
+    T, dropped = q_nope.shape[2], layer.training and layer.config.dropout
+    too_wide = mask.backend == "flex" and T > 1  # its tiles do not hold vectors of R + Dr
+    pays = absorption_pays(layer.config, T, latents.shape[2])
+    absorb = pays and not dropped and not too_wide
     way = absorbed_attention if absorb else expanded_attention
     return way(layer, q_nope, q_rope, latents, k_rope, mask)
 
