@@ -286,7 +286,7 @@ def _attend(layer: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor,
             latents: Tensor, k_rope: Tensor, mask: AttentionMask) -> Tensor:
     "The cheaper of `absorbed_attention` and `expanded_attention`."
     T, dropped = q_nope.shape[2], layer.training and layer.config.dropout
-    too_wide = mask.backend == "flex" and T > 1  # not tried with vectors of width R + Dr
+    too_wide = mask.backend == "flex" and T > 1  # not tried with width R + Dr
     pays = absorption_pays(layer.config, T, latents.shape[2])
     absorb = pays and not dropped and not too_wide
     way = absorbed_attention if absorb else expanded_attention
