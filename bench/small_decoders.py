@@ -70,12 +70,11 @@ def latent_variants(vocab_size: int) -> dict[str, DecoderConfig]:
         f"latent {rank} + {rotary}": MLAConfig(
             n_heads=8, kv_lora_rank=rank, qk_nope_head_dim=8, qk_rope_head_dim=rotary,
             v_head_dim=8)
-        for rank, rotary in ((24, 8), (12, 4), (8, 8))}
+        for rank, rotary in ((24, 8), (12, 4))}
     sizes = {name: sum(p.numel() for p in layer.build(64).parameters())
              for name, layer in layers.items()}
     full = sizes["8 KV heads"]
-    order = ("8 KV heads", "2 KV heads", "latent 24 + 8", "1 KV head", "latent 12 + 4",
-             "latent 8 + 8")
+    order = ("8 KV heads", "2 KV heads", "latent 24 + 8", "1 KV head", "latent 12 + 4")
     return {name: decoder(vocab_size, 64, layers[name],
                           SwiGLUConfig(d_ff=128 + round((full - sizes[name]) / (3 * 64))))
             for name in order}
