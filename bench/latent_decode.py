@@ -124,7 +124,7 @@ def built(name: str, dtype: str) -> tuple:
         layer.load_state_dict(theirs.state_dict(), assign=True)
         layer.rotary = config.rope.build(config.qk_rope_head_dim)  # a buffer, not in the file
         layers.append(layer)
-    layers[1].attend = partial(expanded_attention, layers[1])
+    layers[1].attention_form = partial(expanded_attention, layers[1])
     return *layers, theirs, rotary
 
 

@@ -1112,7 +1112,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'skylar/layers/mla.py'),
                                    'skylar.layers.mla.MultiHeadLatentAttention.forward': ( '03_mla/mla.html#multiheadlatentattention.forward',
                                                                                            'skylar/layers/mla.py'),
-                                   'skylar.layers.mla._attend': ('03_mla/absorption.html#_attend', 'skylar/layers/mla.py'),
+                                   'skylar.layers.mla._cheaper_form': ('03_mla/absorption.html#_cheaper_form', 'skylar/layers/mla.py'),
                                    'skylar.layers.mla._check_mla': ('03_mla/mla.html#_check_mla', 'skylar/layers/mla.py'),
                                    'skylar.layers.mla._init_weights': ('03_mla/mla.html#_init_weights', 'skylar/layers/mla.py'),
                                    'skylar.layers.mla._prepare': ('03_mla/mla.html#_prepare', 'skylar/layers/mla.py'),

@@ -177,7 +177,8 @@ def _init_weights(
 class MultiHeadLatentAttention(nn.Module):
     "Heads from a latent, RoPE in a part of its own; names as in transformers."
 
-    prepare, init_weights, attend = _prepare, _init_weights, expanded_attention
+    prepare, init_weights = _prepare, _init_weights
+    attention_form = expanded_attention
 
     def __init__(self, config: MLAConfig, d_model: int):
         super().__init__()
@@ -199,7 +200,7 @@ class MultiHeadLatentAttention(nn.Module):
         queries, latents = mla_queries(self, x, inputs), mla_latents(self, x, inputs)
         if cache is not None:
             latents = cache.write(*latents, inputs.slots)
-        heads = self.attend(*queries, *latents, inputs.mask)  # (B, H, T, Dv)
+        heads = self.attention_form(*queries, *latents, inputs.mask)
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/03_mla/00_mla.ipynb #deb9d191
@@ -282,8 +283,10 @@ def absorbed_attention(
     return heads.view(H, -1, B, T).permute(2, 0, 3, 1)
 
 # %% ../../nbs/03_mla/01_absorption.ipynb #2ca260fe
-def _attend(layer: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor,
-            latents: Tensor, k_rope: Tensor, mask: AttentionMask) -> Tensor:
+def _cheaper_form(
+    layer: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor, latents: Tensor,
+    k_rope: Tensor, mask: AttentionMask,
+) -> Tensor:
     "The cheaper of `absorbed_attention` and `expanded_attention`."
     T, dropped = q_nope.shape[2], layer.training and layer.config.dropout
     too_wide = mask.backend == "flex" and T > 1  # not tried with width R + Dr
@@ -293,4 +296,4 @@ def _attend(layer: MultiHeadLatentAttention, q_nope: Tensor, q_rope: Tensor,
     return way(layer, q_nope, q_rope, latents, k_rope, mask)
 
 
-MultiHeadLatentAttention.attend = _attend
+MultiHeadLatentAttention.attention_form = _cheaper_form
