@@ -207,6 +207,7 @@ def fold(
         for name, p in block.mlp.named_parameters():
             if "down_proj" in name:  # of every expert, too
                 p.mul_(source.scale)
-        queries = getattr(attention, "q_norm", None) or attention.q_proj
+        queries = next(part for name in ("q_norm", "q_proj", "q_b_proj")
+                       if (part := getattr(attention, name, None)) is not None)
         scale_parameters(queries, getattr(source.self_attn, "q_scale", 1.0))
     return folded.train(model.training)

@@ -9,6 +9,7 @@ __all__ = ['FAMILIES', 'PARTS']
 from ...layers.attention import AttentionConfig
 from ...layers.block import BlockConfig
 from ...layers.gqa import GQAConfig
+from ...layers.mla import MLAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from ...layers.moe import MoEConfig
 from ...layers.norm import LayerNormConfig, RMSNormConfig
@@ -33,7 +34,7 @@ FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, S
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
-    BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, SlidingWindow,
+    BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, MLAConfig, SlidingWindow,
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
     TopKConfig, RouterLossConfig, MoEConfig,
