@@ -163,7 +163,7 @@ def max_violation(counts: Tensor) -> Tensor:  # (..., E) -> (...)
     "By how much the most used expert exceeds the mean load, relative to it; 0: balanced."
     return counts.amax(-1) / counts.mean(-1) - 1
 
-# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #c488a022
+
 def sequence_balance_loss(
     routed: RouterOutput,  # of B sequences of T tokens
     batch_size: int,  # B
