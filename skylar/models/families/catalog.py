@@ -8,6 +8,8 @@ __all__ = ['FAMILIES', 'PARTS']
 # %% ../../../nbs/library/family_catalog.ipynb #e6b1fd18
 from ...layers.attention import AttentionConfig
 from ...layers.block import BlockConfig
+from ...layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
+from ...layers.deepseek_moe import GroupedSigmoidConfig
 from ...layers.gqa import GQAConfig
 from ...layers.mla import MLAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
@@ -38,4 +40,5 @@ PARTS = (  # configs that a saved DecoderConfig may hold
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
     TopKConfig, RouterLossConfig, MoEConfig,
+    GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig,
     LearnedPositionsConfig, SinusoidalPositionsConfig)
