@@ -7,16 +7,20 @@ __all__ = ['FAMILIES', 'PARTS']
 
 # %% ../../../nbs/library/family_catalog.ipynb #e6b1fd18
 from ...layers.attention import AttentionConfig
+from ...layers.attention_sinks import SinkAttentionConfig
 from ...layers.block import BlockConfig
 from ...layers.gqa import GQAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
+from ...layers.moe import ClampedMoEConfig
 from ...layers.norm import LayerNormConfig, RMSNormConfig
 from ...layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
 from ...layers.rope import Llama3Scaling, LinearScaling, NTKScaling, RoPEConfig
 from ...layers.rope import YaRNScaling
+from ...layers.router import RouterLossConfig, TopKLogitsConfig
 from ...layers.sliding_window import SlidingWindow
 from .arcee import ArceeConfig
 from .gpt2 import GPT2Config
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig, ScaledConfig
 from .llama3 import Llama3Config
 from .qwen3 import Qwen3Config
@@ -25,10 +29,11 @@ from .smollm3 import SmolLM3Config
 
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
-            SkylarConfig)
+            GptOssConfig, SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
     BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, SlidingWindow,
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
-    LearnedPositionsConfig, SinusoidalPositionsConfig)
+    LearnedPositionsConfig, SinusoidalPositionsConfig,
+    SinkAttentionConfig, ClampedMoEConfig, TopKLogitsConfig, RouterLossConfig)
