@@ -104,16 +104,17 @@ def expert_rows(experts: Tensor, n_experts: int) -> list[int]:
     return experts.flatten().bincount(minlength=n_experts).tolist()
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #80ef6067
-class ClampedExperts(nn.Module):
-    "E experts with biases and a clamped SwiGLU; see `Experts`."
+class ClampedExperts(Experts):
+    "`Experts` with biases and a clamped SwiGLU; gate and up take turns."
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int, alpha: float, limit: float):
-        super().__init__()
+        super().__init__(n_experts, d_model, d_ff)
         self.alpha, self.limit = alpha, limit
-        self.gate_up_proj = nn.Parameter(torch.empty(n_experts, 2 * d_ff, d_model))
         self.gate_up_proj_bias = nn.Parameter(torch.empty(n_experts, 2 * d_ff))
-        self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_ff))
         self.down_proj_bias = nn.Parameter(torch.empty(n_experts, d_model))
+
+    def activation(self, h: Tensor) -> Tensor:  # (S, 2F) -> (S, F)
+        return clamped_swiglu(h, self.alpha, self.limit)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         "x (N, D), weights and experts (N, k) -> (N, D)."
@@ -122,14 +123,13 @@ class ClampedExperts(nn.Module):
         names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
         parts = zip(x[token].split(counts), *(getattr(self, n).unbind() for n in names))
         out = torch.cat([
-            F.linear(clamped_swiglu(F.linear(rows, w1, b1), self.alpha, self.limit), w2, b2)
+            F.linear(self.activation(F.linear(rows, w1, b1)), w2, b2)
             for rows, w1, b1, w2, b2 in parts])
         out = out * weights.flatten()[order, None]
         return torch.zeros_like(x).index_add(0, token, out.to(x.dtype))
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
-        nn.init.normal_(self.gate_up_proj, std=init_std)
-        nn.init.normal_(self.down_proj, std=residual_std)
+        super().init_weights(init_std, residual_std)
         nn.init.zeros_(self.gate_up_proj_bias)
         nn.init.zeros_(self.down_proj_bias)
 
@@ -139,7 +139,7 @@ from ..utils.checks import check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class ClampedMoEConfig(MoEConfig):
-    "A `MoEConfig` with `ClampedExperts`, and their router under the name it has in files."
+    "A `MoEConfig` with `ClampedExperts`."
 
     alpha: float = 1.702
     limit: float = 7.0
@@ -158,21 +158,10 @@ class ClampedMoEConfig(MoEConfig):
         return super().idle_parameters(d_model) + biases * idle
 
 
-class ClampedMoE(nn.Module):
-    "Route each token to k experts; returns the output and what the router decided."
+class ClampedMoE(MoE):
+    "A router and `ClampedExperts`."
 
     def __init__(self, config: ClampedMoEConfig, d_model: int):
-        super().__init__()
-        self.router = config.router.build(d_model)
+        super().__init__(config, d_model)
         self.experts = ClampedExperts(
             config.router.n_experts, d_model, config.d_ff, config.alpha, config.limit)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:  # x: (..., D)
-        flat = x.flatten(0, -2)  # (N, D)
-        routed = self.router(flat)
-        y = self.experts(flat, routed.weights, routed.experts)
-        return y.view(x.shape), routed
-
-    def init_weights(self, init_std: float, residual_std: float) -> None:
-        self.router.init_weights(init_std, residual_std)
-        self.experts.init_weights(init_std, residual_std)

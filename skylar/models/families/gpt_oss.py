@@ -123,7 +123,8 @@ class GptOssConfig:
 
     def weight_map(self) -> list[TensorMapping]:
         turned = ("experts.gate_up_proj", "experts.down_proj")  # (in, out) in the files
-        return [replace(m, transposed=m.name.endswith(turned))
+        return [replace(m, name=m.name.replace(".mlp.gate.", ".mlp.router."),
+                        transposed=m.name.endswith(turned))
                 for m in same_names(self.decoder())]
 
     @staticmethod
