@@ -6,7 +6,7 @@ with <bos>, on which a head without a sink may put weight that it has no use for
 bits per byte of the held-out plays, the mean weight of each head's later queries on its sink and on
 the first token, and, of the model with sinks, the bits per byte after its sinks are taken away.
 
-    python bench/attention_sinks.py             # about 10 minutes on one core
+    python bench/attention_sinks.py             # about 15 minutes on one core
 """
 
 import argparse
@@ -73,7 +73,8 @@ def weights(model: CausalLM, ids: torch.Tensor) -> list[torch.Tensor]:
 
     def spy(layer):
         def call(q, k, v, mask):
-            scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / math.sqrt(q.shape[-1])
+            keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            scores = q @ keys.mT / math.sqrt(q.shape[-1])
             scores = scores.masked_fill(~mask.dense, -math.inf)
             sinks = getattr(layer, "sinks", torch.full((q.shape[1],), -math.inf))
             column = sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)

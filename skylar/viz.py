@@ -598,7 +598,7 @@ MODELS = {  # what the drawings say; "" is a part that a model does not have
         title="gpt-oss (20B)", positions="", norm="RMSNorm",
         projections="q, k, v projections, biases", qk_norm="",
         rope="RoPE on q and k, YaRN", sinks="a sink for each head",
-        heads="grouped-query attention, sinks", ffn="router, clamped SwiGLU experts",
+        heads="GQA with sinks, windows", ffn="router, clamped experts",
         router="top k, softmax", experts="clamped\nSwiGLU", head="LM head, untied",
         sizes=dict(V=201_088, D=2_880, L=24, H=64, K=8, Dh=64, F=2_880, E=32, k=4)),
 }

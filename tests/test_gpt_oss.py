@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from skylar.inference.generate import generate
-from skylar.layers.attention_backends import CHOICES, Positions, make_mask_mod, dense_mask
+from skylar.layers.attention_backends import CHOICES, Positions
 from skylar.layers.attention_sinks import SinkAttentionConfig, sink_attention, with_sink_key
 from skylar.layers.cache import KVCache
 from skylar.layers.gqa import GQAConfig
@@ -20,8 +20,13 @@ from skylar.layers.sliding_window import SlidingWindow
 from skylar.models.decoder import CausalLM, count_parameters
 from skylar.models.families.gpt_oss import GptOssConfig
 from skylar.models.hub import from_pretrained, save_pretrained
-from skylar.models.presets import PRESETS, config_from_dict, config_from_hf, config_to_dict
-from skylar.models.presets import get_config
+from skylar.models.presets import (
+    PRESETS,
+    config_from_dict,
+    config_from_hf,
+    config_to_dict,
+    get_config,
+)
 from skylar.training.muon import MuonConfig
 from skylar.training.optim import AdamWConfig
 from skylar.utils.mxfp4 import decode_mxfp4, encode_mxfp4
@@ -275,7 +280,7 @@ def assert_same(ours: CausalLM, theirs, ids):
     for name, grad in mine.items():
         there = other[name]
         there = there.mT if name.endswith(("experts.gate_up_proj", "experts.down_proj")) else there
-        torch.testing.assert_close(grad, there, atol=1e-4, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(grad, there, atol=1e-4, rtol=1e-3)
     assert mine.keys() == other.keys()
 
 
