@@ -606,9 +606,17 @@ MODELS = {  # what the drawings say; "" is a part that a model does not have
         rope="RoPE on q and k", heads="grouped-query attention", ffn="router, SwiGLU experts",
         router="softmax, top k", experts="SwiGLU", head="LM head, untied",
         sizes=dict(V=151_936, D=2_048, L=48, H=32, K=4, Dh=128, F=768, E=128, k=8)),
+    "gpt_oss": dict(
+        title="gpt-oss (20B)", positions="", norm="RMSNorm",
+        projections="q, k, v projections, biases", qk_norm="",
+        rope="RoPE on q and k, YaRN", sinks="a sink for each head",
+        heads="GQA with sinks, windows", ffn="router, clamped experts",
+        router="top k, softmax", experts="clamped\nSwiGLU", head="LM head, untied",
+        sizes=dict(V=201_088, D=2_880, L=24, H=64, K=8, Dh=64, F=2_880, E=32, k=4)),
 }
 PARTS = (  # names that `highlight` may have
     "tokens", "embedding", "positions", "norm", "attention", "projections", "qk_norm", "rope",
+    "sinks",
     "mask", "scores", "weights", "heads", "output", "residual", "ffn", "router", "experts",
     "final_norm", "head", "logits")
 _LEGEND = dict(B="batch", T="positions", V="vocabulary", D="model width", L="blocks",
@@ -696,8 +704,11 @@ def _attention_panel(s: Schematic, model: Mapping, x: float, y: float, on: Calla
             step(at, model[part], part, "q", "k")
             at += 0.95
     shared = "" if kv == "H" else "\nH / K query heads share k, v"
-    scores = step(at + 0.1 * bool(shared), f"softmax(q kᵀ / √Dh + mask){shared}",
-                  "mask" if on("mask") else "scores", "q", "k")
+    text = f"softmax(q kᵀ / √Dh + mask){shared}"
+    if model.get("sinks"):
+        text = text.replace("(q", "([q").replace("mask)", "mask, sink])")
+    part = next((p for p in ("mask", "sinks") if on(p)), "scores")
+    scores = step(at + 0.1 * bool(shared), text, part, "q", "k")
     weights = s.tensor(x - 1.05, at + 1.25, "attention weights", "B H T T", w=3.9,
                        highlight=on("weights"))
     s.arrow(scores, weights)

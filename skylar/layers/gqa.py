@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .attention import head_sizes, init_linear
-from .attention_backends import AttentionInputs, Positions, compute_dtype
+from .attention_backends import AttentionInputs, AttentionMask, Positions
+from .attention_backends import compute_dtype
 from .attention_backends import prepare_mask, scaled_dot_product_attention
 from .cache import layer_cache
 from .norm import RMSNormConfig
@@ -117,7 +118,7 @@ class GroupedQueryAttention(nn.Module):
                 keys: Positions | None = None, backend="auto", slots=None) -> AttentionInputs:
         "What all layers with this config share: see `MultiHeadAttention.prepare`."
         queries = Positions.of(x) if queries is None else queries
-        mask = prepare_mask(
+        mask = self.prepare_mask(
             x, queries, queries if keys is None else keys, self.config.window, backend,
             dropout=self.config.dropout if self.training else 0.0)
         cos_sin = self.rotary and self.rotary(queries.position_ids, compute_dtype(x))
@@ -143,9 +144,14 @@ class GroupedQueryAttention(nn.Module):
             q, k = (apply_rope(heads, *inputs.cos_sin) for heads in (q, k))
         if cache is not None:
             k, v = cache.write(k, v, inputs.slots)
-        dropout = self.config.dropout if self.training else 0.0
-        out = scaled_dot_product_attention(q, k, v, inputs.mask, dropout)
+        out = self.dot_product_attention(q, k, v, inputs.mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # b h t d -> b t (h d)
+
+    prepare_mask = staticmethod(prepare_mask)  # this and the next: a subclass may differ
+
+    def dot_product_attention(self, q, k, v, mask: AttentionMask) -> Tensor:
+        dropout = self.config.dropout if self.training else 0.0
+        return scaled_dot_product_attention(q, k, v, mask, dropout)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         "Projections N(0, init_std), what is added to the residual stream N(0, residual_std)."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from .optim import _fused_runs
+from .optim import _fused_runs, decay_groups
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.checks import check_probability
 from ..utils.devices import pick_dtype
@@ -235,9 +235,10 @@ def block_matrices(model: nn.Module, per_head: bool) -> dict:
     found = {}
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     for module in (m for stack in lists for m in stack.modules()):
-        for p in module.parameters(recurse=False):
+        for name, p in module.named_parameters(recurse=False):
             matrix = p.ndim >= 2 and min(p.shape[-2:]) > 1 and p.requires_grad
-            if matrix and not isinstance(module, nn.Embedding):
+            bias = name.endswith("bias")  # those of experts are stacked to two dimensions
+            if matrix and not bias and not isinstance(module, nn.Embedding):
                 found.setdefault(p, None)
         for name in ("q_proj", "k_proj", "v_proj") if per_head else ():
             weight = getattr(getattr(module, name, None), "weight", None)
@@ -296,19 +297,17 @@ class MuonConfig:
         refuse_flat(model)
         if not (matrices := block_matrices(model, self.per_head)):
             raise ValueError("no matrices in an nn.ModuleList: give AdamWConfig")
-        trained = [p for p in model.parameters() if p.requires_grad]
-        others = [p for p in trained if p not in matrices]
-        return muon_and_adamw(self, matrices, others)
+        others = [[p for p in group["params"] if p not in matrices]
+                  for group in decay_groups(model, self.adamw_weight_decay)]
+        return muon_and_adamw(self, matrices, *others)
 
 # %% ../../nbs/01_gqa_rope/13_muon.ipynb #873abbe0
-def muon_and_adamw(c: MuonConfig, matrices: dict, others: list) -> MuonAdamW:
+def muon_and_adamw(c: MuonConfig, matrices: dict, decayed: list, rest: list) -> MuonAdamW:
     "AdamW with weight decay for embeddings, without for norms and biases."
     common = dict(lr=c.adamw_lr, betas=tuple(c.adamw_betas), eps=c.adamw_eps)
-    decayed, rest = ([p for p in others if (p.ndim > 1) == wide]
-                     for wide in (True, False))
     groups = [dict(params=decayed, weight_decay=c.adamw_weight_decay, **common),
               dict(params=rest, weight_decay=0.0, **common)]
-    fused = _fused_runs([*matrices, *others])
+    fused = _fused_runs([*matrices, *decayed, *rest])
     return MuonAdamW(muon_groups(c, matrices), groups, fused)
 
 # %% ../../nbs/library/optimizer_by_flag.ipynb #d16bbfd2

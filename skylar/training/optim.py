@@ -58,11 +58,12 @@ def decay_groups(
     weight_decay: float,  # for matrices and embeddings
 ) -> list[dict]:  # two parameter groups for an optimizer
     "Weight decay for parameters of two or more dimensions, none for biases and norms."
-    trained = [p for p in model.parameters() if p.requires_grad]  # tied ones come once
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [], "weight_decay": wd} for wd in (weight_decay, 0.0)]
+    for name, p in model.named_parameters():  # tied ones come once
+        free = p.ndim < 2 or name.endswith("bias")  # stacked biases are no matrix
+        if p.requires_grad:
+            groups[free]["params"].append(p)
+    return groups
 
 # %% ../../nbs/00_transformer/13_optimization.ipynb #492ae56d
 def _warmup(step: int, warmup_steps: int) -> float:

@@ -7,21 +7,23 @@ __all__ = ['FAMILIES', 'PARTS']
 
 # %% ../../../nbs/library/family_catalog.ipynb #e6b1fd18
 from ...layers.attention import AttentionConfig
+from ...layers.attention_sinks import SinkAttentionConfig
 from ...layers.block import BlockConfig
 from ...layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
 from ...layers.deepseek_moe import GroupedSigmoidConfig
 from ...layers.gqa import GQAConfig
 from ...layers.mla import MLAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
-from ...layers.moe import MoEConfig
+from ...layers.moe import ClampedMoEConfig, MoEConfig
 from ...layers.norm import LayerNormConfig, RMSNormConfig
 from ...layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
 from ...layers.rope import Llama3Scaling, LinearScaling, NTKScaling, RoPEConfig
 from ...layers.rope import YaRNScaling
-from ...layers.router import RouterLossConfig, TopKConfig
+from ...layers.router import RouterLossConfig, TopKConfig, TopKLogitsConfig
 from ...layers.sliding_window import SlidingWindow
 from .arcee import ArceeConfig
 from .gpt2 import GPT2Config
+from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig, ScaledConfig
 from .llama3 import Llama3Config
 from .mixtral import MixtralConfig
@@ -32,13 +34,13 @@ from .smollm3 import SmolLM3Config
 
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
-            MixtralConfig, Qwen3MoEConfig,
+            MixtralConfig, Qwen3MoEConfig, GptOssConfig,
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
     BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, MLAConfig, SlidingWindow,
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
-    TopKConfig, RouterLossConfig, MoEConfig,
-    GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig,
+    TopKConfig, TopKLogitsConfig, RouterLossConfig, MoEConfig, ClampedMoEConfig,
+    GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig, SinkAttentionConfig,
     LearnedPositionsConfig, SinusoidalPositionsConfig)
