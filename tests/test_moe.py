@@ -11,7 +11,7 @@ from skylar.layers import moe
 from skylar.layers.moe import Experts, MoEConfig
 from skylar.layers.router import TopKConfig
 
-D, D_FF, E, K, N = 12, 10, 5, 2, 37
+D, D_FF, E, K, N = 12, 8, 5, 2, 37
 
 
 def experts_of(dtype=torch.float32, bias: bool = False, n: int = E) -> Experts:
@@ -69,16 +69,6 @@ def run(f, layer, kind, dtype=torch.float32):
     return [y.detach(), x.grad, weights.grad, *parameters]
 
 
-def grouped(monkeypatch):
-    "The path for GPUs, meta tensors and compiled code, here on the CPU."
-    def linear(x, weight, counts, bias=None):
-        y = F.grouped_mm(x.contiguous(), weight.to(x.dtype).transpose(1, 2),
-                         offs=counts.cumsum(0).int())
-        return y if bias is None else y + bias.to(x.dtype).repeat_interleave(
-            counts, 0, output_size=len(x))
-    monkeypatch.setattr(moe, "grouped_linear", linear)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -124,6 +114,84 @@ def test_gradients_by_finite_differences(kind):
         lambda *args: layer(args[0], args[1], experts), (x, weights, *parameters))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_mm_gives_the_same(kind, bias, monkeypatch):
+    "The path for GPUs, here on the CPU."
+    layer = experts_of(bias=bias)
+    wanted, calls, plain = run(lambda m, *a: m(*a), layer, kind), [], F.grouped_mm
+    monkeypatch.setattr(moe, "prefers_grouped_mm", lambda *a: True)
+    monkeypatch.setattr(F, "grouped_mm", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    for a, b in zip(run(lambda m, *a: m(*a), layer, kind), wanted):
+        assert_close(a, b)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_filled_up_rows_change_nothing(kind, monkeypatch):
+    layer = experts_of()
+    wanted = run(lambda m, *a: m(*a), layer, kind)
+    plain = moe.sort_by_expert
+    for multiple in (4, 32):
+        with monkeypatch.context() as patch:
+            patch.setattr(moe, "sort_by_expert", lambda *a: moe.align(plain(*a), multiple))  # noqa: B023
+            found = run(lambda m, *a: m(*a), layer, kind)
+        for a, b in zip(found, wanted):
+            assert_close(a, b)
+
+
+def test_few_shapes():
+    "What `align` is for: counts that change give few sizes, and little is added."
+    generator = torch.Generator().manual_seed(0)
+    sizes, rows = set(), 0
+    for _ in range(200):
+        experts = torch.rand(2048, 8, generator=generator).argsort(-1)[:, :2]
+        counts = moe.align(moe.sort_by_expert(experts, 8)).counts
+        sizes |= set(counts)
+        rows += sum(counts)
+    assert len(sizes) < 12 and rows < 1.05 * 200 * 4096
+    assert all(n % 32 == 0 for n in sizes)
+
+
+# --- capacity ---
+
+
+def dropped(experts: torch.Tensor, capacity: int) -> torch.Tensor:
+    "(N, k) True where an expert had its rows already; tokens in order, then their choices."
+    seen, found = {}, []
+    for token in experts.tolist():
+        found.append([])
+        for e in token:
+            found[-1].append(seen.get(e, 0) >= capacity)
+            seen[e] = seen.get(e, 0) + 1
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 100])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_over_capacity_a_choice_counts_for_nothing(kind, capacity, bias):
+    def reference(m, x, weights, experts):
+        return one_at_a_time(m, x, weights * ~dropped(experts, capacity), experts)
+
+    layer = experts_of(bias=bias)
+    found = run(lambda m, *a: m(*a, capacity=capacity), layer, kind)
+    for a, b in zip(found, run(reference, layer, kind)):
+        assert_close(a, b)
+
+
+def test_capacity_is_for_training_only():
+    config = MoEConfig(router=TopKConfig(n_experts=E, top_k=K), d_ff=D_FF, capacity_factor=0.5)
+    layer, x = config.build(D), torch.randn(2, N, D)
+    layer.init_weights(0.3, 0.3)
+    assert layer.capacity(100) == 20 and layer.eval().capacity(100) is None
+    whole = layer(x)[0]
+    assert_close(whole[:, :5], layer(x[:, :5])[0])  # whatever else is in the batch
+    assert not torch.allclose(layer.train()(x)[0], whole)
+    with pytest.raises(ValueError, match="capacity_factor"):
+        MoEConfig(router=TopKConfig(n_experts=E, top_k=K), d_ff=D_FF, capacity_factor=0)
+
+
 def test_no_tokens():
     layer = experts_of()
     x = torch.empty(0, D, requires_grad=True)
@@ -135,11 +203,14 @@ def test_no_tokens():
 # --- where no number may leave the device ---
 
 
+@pytest.mark.parametrize("factor", [None, 1.5])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_meta_and_fake_tensors(bias, dtype):
+def test_meta_and_fake_tensors(bias, dtype, factor):
     """The planner runs the layer so: shapes must not depend on numbers."""
-    layer = MoEConfig(router=TopKConfig(n_experts=E, top_k=K), d_ff=16).build(16)
+    config = MoEConfig(
+        router=TopKConfig(n_experts=E, top_k=K), d_ff=16, capacity_factor=factor)
+    layer = config.build(16)
     if bias:
         layer.experts.gate_up_proj_bias = nn.Parameter(torch.randn(E, 32))
         layer.experts.down_proj_bias = nn.Parameter(torch.randn(E, 16))
@@ -147,7 +218,7 @@ def test_meta_and_fake_tensors(bias, dtype):
     y, routed = layer.to("meta")(torch.empty(2, N, 16, device="meta", dtype=dtype))
     assert y.shape == (2, N, 16) and y.dtype == dtype and routed.weights.shape == (2 * N, K)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = MoEConfig(router=TopKConfig(n_experts=E, top_k=K), d_ff=16).build(16)
+        fake = config.build(16)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             y, _ = fake(torch.empty(2, N, 16, requires_grad=True))
         y.sum().backward()
