@@ -65,9 +65,8 @@ class GroupedSigmoidRouter(nn.Module):
         biased = scores.detach() + self.e_score_correction_bias
         experts = group_limited_topk(biased, c.n_groups, c.topk_groups, c.top_k)
         weights = scores.gather(-1, experts)  # (N, k), without the bias
-        if c.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return RouterOutput(logits, c.scale * weights, experts)
+        total = weights.sum(-1, keepdim=True) + 1e-20 if c.normalize else 1.0
+        return RouterOutput(logits, c.scale * (weights / total), experts)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         nn.init.normal_(self.weight, std=init_std)
