@@ -30,7 +30,7 @@ from skylar.layers.router import RouterOutput, TopKConfig, expert_counts
 from skylar.models.decoder import CausalLM, DecoderConfig, count_parameters, forward_flops
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import config_from_dict, config_to_dict
-from skylar.models.weight_map import check_weight_map, same_names, stored_tensors
+from skylar.models.weight_map import check_weight_map, same_names, state_tensors
 from skylar.training.distributed import ParallelConfig
 from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
@@ -497,12 +497,12 @@ def test_max_violation():
 
 def test_stored_with_the_weights_and_mapped_once():
     model = CausalLM(decoder_config())
-    names = [n for n in stored_tensors(model) if n.endswith(BIAS)]
+    names = [n for n in state_tensors(model) if n.endswith(BIAS)]
     assert names == [f"model.layers.{i}.mlp.gate.{BIAS}" for i in range(2)]
-    check_weight_map(same_names(decoder_config()), stored_tensors(model))
+    check_weight_map(same_names(decoder_config()), state_tensors(model))
     with pytest.raises(ValueError, match=BIAS):
         check_weight_map([m for m in same_names(decoder_config()) if m.name != names[0]],
-                         stored_tensors(model))
+                         state_tensors(model))
 
 
 def with_biases(config) -> CausalLM:

@@ -18,7 +18,7 @@ from skylar.models.families.mixtral import MixtralConfig
 from skylar.models.families.qwen3_moe import Qwen3MoEConfig
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import DENSE, PRESETS, config_from_hf, config_to_hf, get_config
-from skylar.models.weight_map import check_weight_map, split_experts, stored_tensors
+from skylar.models.weight_map import check_weight_map, split_experts, state_tensors
 from skylar.training.loss import NextTokenObjective
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -388,8 +388,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(family, setting, message):
 @pytest.mark.parametrize("seed", range(6))
 def test_every_number_comes_from_one_tensor(family, seed):
     model = CausalLM(draw(family, seed))
-    check_weight_map(model.config.weight_map(), stored_tensors(model))
-    check_weight_map(split_experts(model.decoder_config), stored_tensors(model))
+    check_weight_map(model.config.weight_map(), state_tensors(model))
+    check_weight_map(split_experts(model.decoder_config), state_tensors(model))
 
 
 # --- packed, padded, cached ---

@@ -26,7 +26,7 @@ from .decoder import CausalLM
 from .hub_files import bundled_model, convert_gguf  # noqa: F401
 from .hub_files import model_folder
 from .presets import config_to_hf, needs_skylar
-from .weight_map import TensorMapping, same_names, stored_tensors
+from .weight_map import TensorMapping, same_names, state_tensors
 from ..utils.files import atomic_directory, check_empty, safe_join, write_manifest
 
 _all_ = ["MANIFEST", "bundled_model", "convert_gguf"]  # from the library, used as ours
@@ -54,7 +54,7 @@ def _weight_map(config: Any) -> list[TensorMapping]:
 
 def _save_weights(model: CausalLM, folder: Path, limit: int) -> None:
     "One model.safetensors, or numbered shards and an index that says what is where."
-    ours = stored_tensors(model)
+    ours = state_tensors(model)
     shards, files = _shards(_weight_map(model.config), ours, limit), {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
@@ -133,10 +133,10 @@ def _allocate(model: CausalLM, dtype: torch.dtype, device) -> None:
 def _load_weights(model: CausalLM, found: dict, folder: Path, dtype, device) -> None:
     "Give a model on the meta device the weights of a folder."
     weight_map = _weight_map(model.config)
-    names = match_names(found, weight_map, stored_tensors(model), folder)
+    names = match_names(found, weight_map, state_tensors(model), folder)
     check_tied(found, names, folder)
     _allocate(model, dtype or found[names[weight_map[0]]][2], device)
-    ours, sums = stored_tensors(model), Checksums()
+    ours, sums = state_tensors(model), Checksums()
     for item, name in names.items():
         item.load(sums.read(found[name][0], name), ours)
     sums.compare()
