@@ -8,10 +8,17 @@ __all__ = ['SINK_WIDTH', 'sink_attention', 'with_sink_key', 'sink_mask_mod', 'pr
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #0daaba29
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .attention_backends import AttentionMask, MaskMod, Positions, build_mask
+from .attention_backends import compute_dtype, make_mask_mod, prepare_mask
+from .attention_backends import scaled_dot_product_attention, select_backend
+from .gqa import GQAConfig, GroupedQueryAttention
+from .sliding_window import concat_positions
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #333471e8
 def sink_attention(
@@ -53,12 +60,6 @@ def with_sink_key(
     return q, k, v
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #294a121b
-from .attention_backends import AttentionMask, MaskMod, Positions, build_mask
-from .attention_backends import compute_dtype, make_mask_mod, prepare_mask
-from .attention_backends import scaled_dot_product_attention, select_backend
-from .sliding_window import concat_positions
-
-
 def sink_mask_mod(mask_mod: MaskMod) -> MaskMod:
     "The same for keys that come after key 0, to which every query attends."
     def with_sink(b, h, q_idx, kv_idx):
@@ -81,13 +82,6 @@ def prepare_sink_mask(
     return build_mask(name, mask_mod, queries, keys, dtype)
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #6bee04f4
-from dataclasses import dataclass
-
-from torch import nn
-
-from .gqa import GQAConfig, GroupedQueryAttention
-
-
 @dataclass(frozen=True, kw_only=True)
 class SinkAttentionConfig(GQAConfig):
     "`GQAConfig` whose heads each have a learned sink."

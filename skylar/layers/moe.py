@@ -95,6 +95,8 @@ def clamped_swiglu(
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #d12c3b57
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..utils.checks import check_positive
+
 
 def expert_rows(experts: Tensor, n_experts: int) -> list[int]:
     "How many rows each expert gets; where tensors have no numbers (planning), equal shares."
@@ -134,9 +136,6 @@ class ClampedExperts(Experts):
         nn.init.zeros_(self.down_proj_bias)
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #e6e6a5dc
-from ..utils.checks import check_positive
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClampedMoEConfig(MoEConfig):
     "A `MoEConfig` with `ClampedExperts`."
