@@ -8,10 +8,18 @@ __all__ = ['SINK_WIDTH', 'sink_attention', 'with_sink_key', 'sink_mask_mod', 'pr
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #0daaba29
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .attention_backends import AttentionMask, MaskMod, Positions
+from .attention_backends import build_mask, compute_dtype, make_mask_mod
+from .attention_backends import prepare_mask, select_backend
+from .attention_backends import scaled_dot_product_attention
+from .gqa import GQAConfig, GroupedQueryAttention
+from .sliding_window import concat_positions
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #333471e8
 def sink_attention(
@@ -22,7 +30,7 @@ def sink_attention(
     mask: Tensor,  # (B or 1, 1, T, S) bool, True = attend
     dropout: float = 0.0,
 ) -> Tensor:  # (B, H, T, Dv)
-    "A softmax over the scores and one more logit, whose column is dropped (OpenAI 2025)."
+    "A softmax over scores and one more logit; its column is dropped (OpenAI 2025)."
     (B, H, T, Dh), K = q.shape, k.shape[1]
     rows = q.reshape(B, K, -1, Dh)  # the heads of a group, one below the other
     scores = (rows @ k.mT).view(B, H, T, -1) / math.sqrt(Dh)
@@ -34,7 +42,7 @@ def sink_attention(
     return (weights.reshape(B, K, -1, k.shape[2]) @ v).view(B, H, T, -1)
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #9953ad4a
-SINK_WIDTH = 8  # added to a head's width: one number for the sink; kernels like multiples of 8
+SINK_WIDTH = 8  # added to a head's width: one for the sink; kernels want multiples of 8
 
 
 def with_sink_key(
@@ -43,7 +51,7 @@ def with_sink_key(
     v: Tensor,  # (B, K, S, Dh)
     sinks: Tensor,  # (H,)
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, H, T, Dh + 8) and (B, K, 1 + S, Dh + 8)
-    "The sink as key 0: every query's score with it is the head's sink, and its value is 0."
+    "The sink as key 0: its score with every query is the head's sink, its value 0."
     (B, H, T, Dh), W = q.shape, q.shape[-1] + SINK_WIDTH
     column = (sinks * math.sqrt(W)).to(q.dtype).view(-1, 1, 1).expand(B, H, T, 1)
     rest = q.new_zeros(B, H, T, SINK_WIDTH - 1)
@@ -53,12 +61,6 @@ def with_sink_key(
     return q, k, v
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #294a121b
-from .attention_backends import AttentionMask, MaskMod, Positions, build_mask
-from .attention_backends import compute_dtype, make_mask_mod, prepare_mask
-from .attention_backends import scaled_dot_product_attention, select_backend
-from .sliding_window import concat_positions
-
-
 def sink_mask_mod(mask_mod: MaskMod) -> MaskMod:
     "The same for keys that come after key 0, to which every query attends."
     def with_sink(b, h, q_idx, kv_idx):
@@ -71,23 +73,17 @@ def prepare_sink_mask(
     x: Tensor, queries: Positions, keys: Positions, window=None, backend: str = "auto",
     dropout: float = 0.0,
 ) -> AttentionMask:
-    "As `prepare_mask`, with a key 0 for the sink, except where the formula itself runs."
-    if backend == "reference" or x.shape[1] == 1:  # one token: the formula copies no keys
+    "As `prepare_mask`, with a key 0 for the sink where a kernel runs."
+    if backend == "reference" or x.shape[1] == 1:  # the formula copies no keys
         return prepare_mask(x, queries, keys, window, "reference")
     mask_mod = sink_mask_mod(make_mask_mod(queries, keys, window))
     keys = concat_positions(keys[:1], keys)  # what is said of key 0 is not read
     dtype = compute_dtype(x)
-    name = select_backend(backend, x, len(keys), plain=False, dtype=dtype, dropout=dropout)
+    name = select_backend(
+        backend, x, len(keys), plain=False, dtype=dtype, dropout=dropout)
     return build_mask(name, mask_mod, queries, keys, dtype)
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #6bee04f4
-from dataclasses import dataclass
-
-from torch import nn
-
-from .gqa import GQAConfig, GroupedQueryAttention
-
-
 @dataclass(frozen=True, kw_only=True)
 class SinkAttentionConfig(GQAConfig):
     "`GQAConfig` whose heads each have a learned sink."

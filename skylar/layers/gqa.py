@@ -100,6 +100,7 @@ class GQAConfig:
 # %% ../../nbs/01_gqa_rope/05_gqa.ipynb #1b5d66b3
 class GroupedQueryAttention(nn.Module):
     "Causal self-attention; query heads 0 .. G-1 share key-value head 0, as in HF's Llama."
+    prepare_mask = staticmethod(prepare_mask)  # a subclass may have another
 
     def __init__(self, config: GQAConfig, d_model: int):
         super().__init__()
@@ -120,22 +121,19 @@ class GroupedQueryAttention(nn.Module):
         queries = Positions.of(x) if queries is None else queries
         mask = self.prepare_mask(
             x, queries, queries if keys is None else keys, self.config.window, backend,
-            dropout=self.config.dropout if self.training else 0.0)
+            self.config.dropout * self.training)
         cos_sin = self.rotary and self.rotary(queries.position_ids, compute_dtype(x))
         return AttentionInputs(mask=mask, cos_sin=cos_sin, slots=slots)
 
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        inputs: AttentionInputs | None = None,  # None: `prepare(x)`
-        cache=None,  # keys and values of tokens read before; needs inputs.slots
-    ) -> Tensor:  # (B, T, D)
+    def forward(self, x: Tensor,  # (B, T, D)
+                inputs: AttentionInputs | None = None,  # None: `prepare(x)`
+                cache=None,  # keys, values of tokens read before; needs inputs.slots
+                ) -> Tensor:  # (B, T, D)
         inputs = self.prepare(x) if inputs is None else inputs
         q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (  # views: `rearrange` says it best, but costs much at T = 1
             y.view(*x.shape[:2], y.shape[-1] // self.d_head, self.d_head)
-            for y in (q, k, v)  # (B, T, H or K, Dh)
-        )
+            for y in (q, k, v))  # (B, T, H or K, Dh)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = q if self.q_scale == 1 else q * self.q_scale  # kernels have 1 / √Dh
@@ -144,14 +142,11 @@ class GroupedQueryAttention(nn.Module):
             q, k = (apply_rope(heads, *inputs.cos_sin) for heads in (q, k))
         if cache is not None:
             k, v = cache.write(k, v, inputs.slots)
-        out = self.dot_product_attention(q, k, v, inputs.mask)
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # b h t d -> b t (h d)
-
-    prepare_mask = staticmethod(prepare_mask)  # this and the next: a subclass may differ
+        out = self.dot_product_attention(q, k, v, inputs.mask).transpose(1, 2)
+        return self.o_proj(out.flatten(2))  # b t h d -> b t (h d)
 
     def dot_product_attention(self, q, k, v, mask: AttentionMask) -> Tensor:
-        dropout = self.config.dropout if self.training else 0.0
-        return scaled_dot_product_attention(q, k, v, mask, dropout)
+        return scaled_dot_product_attention(q, k, v, mask, self.config.dropout * self.training)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         "Projections N(0, init_std), what is added to the residual stream N(0, residual_std)."

@@ -308,7 +308,7 @@ def clamped_swiglu(
     alpha: float = 1.702,
     limit: float = 7.0,
 ) -> Tensor:  # (..., F)
-    "(up + 1) gate sigmoid(alpha gate), gate at most limit, up within ±limit (OpenAI 2025)."
+    "(up + 1) gate sigmoid(alpha gate), both clamped at limit (OpenAI 2025)."
     gate, up = gate_up[..., 0::2], gate_up[..., 1::2]
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (up + 1) * gate * torch.sigmoid(alpha * gate)
@@ -316,9 +316,11 @@ def clamped_swiglu(
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #d12c3b57
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..utils.checks import check_positive
+
 
 def expert_rows(experts: Tensor, n_experts: int) -> list[int]:
-    "How many rows each expert gets; where tensors have no numbers (planning), equal shares."
+    "Rows of each expert; equal shares where tensors have no numbers (planning)."
     if experts.is_meta or isinstance(experts, FakeTensor):
         share, more = divmod(experts.numel(), n_experts)
         return [share + (e < more) for e in range(n_experts)]
@@ -328,7 +330,8 @@ def expert_rows(experts: Tensor, n_experts: int) -> list[int]:
 class ClampedExperts(Experts):
     "`Experts` with biases and a clamped SwiGLU; gate and up take turns."
 
-    def __init__(self, n_experts: int, d_model: int, d_ff: int, alpha: float, limit: float):
+    def __init__(self, n_experts: int, d_model: int, d_ff: int,
+                 alpha: float, limit: float):
         super().__init__(n_experts, d_model, d_ff)
         self.alpha, self.limit = alpha, limit
         self.gate_up_proj_bias = nn.Parameter(torch.empty(n_experts, 2 * d_ff))
@@ -338,9 +341,9 @@ class ClampedExperts(Experts):
         return clamped_swiglu(h, self.alpha, self.limit)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        "x (N, D), weights and experts (N, k) -> (N, D)."
         order = experts.flatten().argsort(stable=True)  # (N k,): by expert
-        token, counts = order // experts.shape[1], expert_rows(experts, len(self.down_proj))
+        token = order // experts.shape[1]
+        counts = expert_rows(experts, len(self.down_proj))
         names = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
         parts = zip(x[token].split(counts), *(getattr(self, n).unbind() for n in names))
         out = torch.cat([
@@ -355,9 +358,6 @@ class ClampedExperts(Experts):
         nn.init.zeros_(self.down_proj_bias)
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #e6e6a5dc
-from ..utils.checks import check_positive
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClampedMoEConfig(MoEConfig):
     "A `MoEConfig` with `ClampedExperts`."

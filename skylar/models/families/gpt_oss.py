@@ -50,12 +50,33 @@ def _check_kinds(config) -> None:
                          f"for each of the {config.n_layers} layers")
 
 # %% ../../../nbs/library/family_gpt_oss.ipynb #b8a07733
+def _block(self, kind: str) -> BlockConfig:  # kind: as in layer_types
+    norm = RMSNormConfig(eps=self.norm_eps)
+    attention = SinkAttentionConfig(
+        n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
+        d_head=head_width(self), bias=self.bias, rope=rope_config(self),
+        window=SlidingWindow(size=self.window) if kind == _KINDS[0] else None,
+        dropout=self.dropout)
+    ffn = ClampedMoEConfig(
+        router=TopKLogitsConfig(n_experts=self.n_experts, top_k=self.top_k),
+        d_ff=self.d_ff, alpha=self.swiglu_alpha, limit=self.swiglu_limit)
+    return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
+
+
+def _read(hf: dict) -> dict:
+    "Fields of the config from config.json."
+    require(hf, hidden_act=("silu", "swish"))
+    hf = hf | {"rope_parameters": hf.get("rope_parameters") or _YARN}
+    found = read_llama(hf | {"layer_types": None}, **_DEFAULTS)
+    found |= {ours: hf.get(key, default) for ours, (key, default) in _KEYS.items()}
+    kinds = hf.get("layer_types")
+    usual = kinds == [_KINDS[i % 2] for i in range(found["n_layers"])]
+    return found | {"layer_types": None if usual or kinds is None else tuple(kinds)}
+
+# %% ../../../nbs/library/family_gpt_oss.ipynb #1e868f10
 @dataclass(frozen=True, kw_only=True)
 class GptOssConfig:
-    """gpt-oss (OpenAI 2025, section 2); the defaults are the 20B model.
-
-    Raises `ValueError` naming what does not fit.
-    """
+    "gpt-oss (OpenAI 2025, section 2), by default 20B; `ValueError` for what does not fit."
 
     vocab_size: int = 201_088  # V
     d_model: int = 2880  # D
@@ -89,17 +110,7 @@ class GptOssConfig:
         _check_kinds(self)
         self.block("full_attention")
 
-    def block(self, kind: str) -> BlockConfig:
-        norm = RMSNormConfig(eps=self.norm_eps)
-        attention = SinkAttentionConfig(
-            n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=head_width(self), bias=self.bias, rope=rope_config(self),
-            window=SlidingWindow(size=self.window) if kind == _KINDS[0] else None,
-            dropout=self.dropout)
-        ffn = ClampedMoEConfig(
-            router=TopKLogitsConfig(n_experts=self.n_experts, top_k=self.top_k),
-            d_ff=self.d_ff, alpha=self.swiglu_alpha, limit=self.swiglu_limit)
-        return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
+    block = _block
 
     def decoder(self) -> DecoderConfig:
         blocks = [self.block(kind) for kind in attention_kinds(self)]
@@ -113,13 +124,7 @@ class GptOssConfig:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "GptOssConfig":
-        require(hf, hidden_act=("silu", "swish"))
-        hf = hf | {"rope_parameters": hf.get("rope_parameters") or _YARN}
-        found = read_llama(hf | {"layer_types": None}, **_DEFAULTS)
-        found |= {ours: hf.get(key, default) for ours, (key, default) in _KEYS.items()}
-        kinds = hf.get("layer_types")
-        usual = kinds == [_KINDS[i % 2] for i in range(found["n_layers"])]
-        return cls(**found, layer_types=None if usual or kinds is None else tuple(kinds))
+        return cls(**_read(hf))
 
     def weight_map(self) -> list[TensorMapping]:
         turned = ("experts.gate_up_proj", "experts.down_proj")  # (in, out) in the files
@@ -127,11 +132,13 @@ class GptOssConfig:
                         transposed=m.name.endswith(turned))
                 for m in same_names(self.decoder())]
 
-    @staticmethod
-    def presets() -> dict[str, "GptOssConfig"]:
-        test = GptOssConfig(
-            vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=2, d_head=32, n_layers=4,
-            d_ff=128, n_experts=8, top_k=2, max_seq_len=4096, rope_theta=1e5,
-            rope_scaling=None, tie_embeddings=True)
-        return {"gpt-oss-test": test, "gpt-oss-20b": GptOssConfig(),
-                "gpt-oss-120b": GptOssConfig(n_layers=36, n_experts=128)}
+    presets = staticmethod(lambda: _presets())
+
+# %% ../../../nbs/library/family_gpt_oss.ipynb #d4481310
+def _presets() -> dict[str, GptOssConfig]:
+    test = GptOssConfig(
+        vocab_size=40_960, d_model=128, n_heads=4, n_kv_heads=2, d_head=32, n_layers=4,
+        d_ff=128, n_experts=8, top_k=2, max_seq_len=4096, rope_theta=1e5,
+        rope_scaling=None, tie_embeddings=True)
+    return {"gpt-oss-test": test, "gpt-oss-20b": GptOssConfig(),
+            "gpt-oss-120b": GptOssConfig(n_layers=36, n_experts=128)}
