@@ -157,7 +157,7 @@ def prefers_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     "In which `F.linear(x, ...)` would compute: autocast's dtype where it is on."
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if not x.is_meta and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

@@ -35,9 +35,7 @@ def router_logits(
 ) -> Tensor:  # (N, E) in fp32
     "x W^T in fp32, also where autocast is on (Fedus et al. 2021, section 2.4)."
     dtype = torch.promote_types(x.dtype, torch.float32)
-    kind, off = x.device.type, nullcontext()
-    if torch.amp.is_autocast_available(kind):  # not on the meta device
-        off = torch.autocast(kind, enabled=False)
+    off = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
     with off:
         return F.linear(x.to(dtype), weight.to(dtype),
                         None if bias is None else bias.to(dtype))
@@ -55,8 +53,8 @@ class TopKConfig:
         check_int(n_experts=self.n_experts, top_k=self.top_k)
         if self.top_k > self.n_experts:
             raise ValueError(
-                f"top_k={self.top_k} of n_experts={self.n_experts}: a token cannot have "
-                "more experts than there are; lower top_k")
+                f"top_k={self.top_k} of n_experts={self.n_experts}: a token cannot "
+                "have more experts than there are; lower top_k")
 
     def build(self, d_model: int) -> "TopKRouter":
         return TopKRouter(self, d_model)
@@ -129,7 +127,7 @@ def max_load(extras: list[RouterOutput], mask: Tensor | None = None) -> Tensor: 
 class RouterLossConfig:
     """Auxiliary losses of a sparse model; what `DecoderConfig.auxiliary` may be.
 
-    A batch with padding says so in `attention_mask` (B, T), 1 for tokens, 0 for padding,
+    A batch with padding has an `attention_mask` (B, T), 1 for tokens, 0 for padding,
     which does not count. Labels of -100 do not say it: a prompt is routed, too."""
 
     balance: float = 0.001  # coefficient of `load_balancing_loss`
