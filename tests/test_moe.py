@@ -29,6 +29,7 @@ from skylar.layers.router import (
 from skylar.models.decoder import CausalLM, DecoderConfig
 from skylar.training.checkpoint import checkpoint_tensors
 from skylar.training.loss import NextTokenObjective
+from skylar.training.mup import MupConfig, coordinate_check, growth
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.recompute import recompute
@@ -505,3 +506,63 @@ def test_parameters_and_flops_by_formula():
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(1, N, D))
     assert counter.get_total_flops() == N * config.flops(D, 99)
+
+
+# --- muP ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiny:
+    "A sparse family with the multipliers of muP; heads of width 8."
+
+    d_model: int
+    init_std: float = 0.1
+    embed_std: float | None = None
+    residual_std: float | None = None
+    logits_scaling: float = 1.0
+    residual_multiplier: float = 1.0
+
+    def decoder(self) -> DecoderConfig:
+        ffn = MoEConfig(router=TopKConfig(n_experts=4, top_k=2), d_ff=2 * self.d_model)
+        block = BlockConfig(attention=GQAConfig(n_heads=self.d_model // 8), ffn=ffn, norm=NORM,
+                            residual_multiplier=self.residual_multiplier)
+        names = ("d_model", "init_std", "embed_std", "residual_std", "logits_scaling")
+        return DecoderConfig(vocab_size=64, blocks=(block,) * 2, norm=NORM, max_seq_len=32,
+                             **{name: getattr(self, name) for name in names})
+
+
+def changes_at(width: int, mup: MupConfig) -> dict[str, float]:
+    "How far four steps move the outputs of each part."
+    torch.manual_seed(0)
+    std = 0.1 if mup.on else 0.1 * math.sqrt(32 / width)
+    model = CausalLM(mup.model(Tiny(d_model=width, init_std=std)))
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(8, (4, 33), generator=generator).cumsum(1) % 64 for _ in range(5)]
+    return coordinate_check(
+        model, mup.optimizer(AdamWConfig(lr=0.015)).build(model), ids[1:],
+        lambda model, ids: F.cross_entropy(
+            model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()), ids[0][:, :-1])
+
+
+def test_the_coordinate_check_passes_for_mup_and_fails_for_standard():
+    widths, slopes = (32, 64, 128, 256), {}
+    for name, mup in (("muP", MupConfig(base_d_model=32)), ("standard", MupConfig())):
+        rows = [changes_at(width, mup) for width in widths]
+        slopes[name] = {part: growth(widths, [r[part] for r in rows]) for part in rows[0]}
+    for part in ("embedding", "attention", "feed-forward", "residual stream"):
+        assert abs(slopes["muP"][part]) < 0.3, (part, slopes)
+    assert slopes["standard"]["residual stream"] > 0.2, slopes
+
+
+def test_stacked_experts_get_the_rate_of_matrices():
+    mup = MupConfig(base_d_model=16)
+    model = CausalLM(mup.model(Tiny(d_model=64)))
+    groups = mup.optimizer(AdamWConfig(lr=1.0, weight_decay=0.1)).build(model).param_groups
+    rates = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    layer = model.model.layers[0].mlp
+    for p in (layer.gate.weight, layer.experts.gate_up_proj, layer.experts.down_proj):
+        assert rates[p] == pytest.approx((1 / 4, 0.4))
+    torch.manual_seed(0)
+    wide = CausalLM(mup.model(Tiny(d_model=64))).model.layers[0].mlp.experts
+    assert wide.gate_up_proj.std().item() == pytest.approx(0.1 / 2, rel=0.05)
+    assert wide.down_proj.std().item() == pytest.approx(0.1 / 2 / math.sqrt(2 * 2), rel=0.05)

@@ -80,7 +80,8 @@ class _Combine(torch.autograd.Function):
                       for r in row.view(weights.shape).unbind(1)]
         of_outputs = grad.to(outputs.dtype).index_select(0, source // weights.shape[1])
         of_outputs *= (weights.flatten()[source] * used).to(outputs.dtype)[:, None]
-        return of_outputs, torch.stack(of_weights, 1).to(weights.dtype), None, None, None
+        of_weights = torch.stack(of_weights, 1).to(weights.dtype)
+        return of_outputs, of_weights, None, None, None
 
 # %% ../../nbs/02_moe/01_moe.ipynb #da130045
 def _rows_of(counts: list[int]) -> list[slice]:
@@ -119,7 +120,7 @@ def _grouped_backward(ctx, *grads):
 
 
 class _GroupedLinear(torch.autograd.Function):
-    "One product for each expert's rows and part of its weight, which is cast when used."
+    "One product for each expert's rows and part of its weight, cast when used."
 
     forward, backward = staticmethod(_grouped_forward), staticmethod(_grouped_backward)
 
@@ -146,7 +147,7 @@ def grouped_linear(
 
 # %% ../../nbs/02_moe/01_moe.ipynb #bd32fee6
 def prefers_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    "On a GPU, which need not wait for the counts, and compiled, if its conditions hold."
+    "On a GPU, which need not wait for counts, and compiled, if its conditions hold."
     if any(n * x.element_size() % 16 for n in weight.shape[1:]):
         return False
     return x.is_cuda or torch.compiler.is_compiling() and x.dtype == torch.bfloat16
@@ -155,7 +156,7 @@ def prefers_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 def product_dtype(x: Tensor) -> torch.dtype:
     "In which `F.linear(x, ...)` would compute: autocast's dtype where it is on."
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if not x.is_meta and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -175,7 +176,8 @@ def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
     steps = [max(multiple, 1 << max(0, n.bit_length() - 5)) for n in counts]
     filled = [-(-n // step) * step for n, step in zip(counts, steps)]
     added = torch.tensor([0, *filled]).cumsum(0) - torch.tensor([0, *counts]).cumsum(0)
-    at = torch.arange(len(dispatch.source)) + added[:-1].repeat_interleave(dispatch.counts)
+    at = torch.arange(len(dispatch.source))
+    at += added[:-1].repeat_interleave(dispatch.counts)
     size = sum(filled)
     source = at.new_zeros(size).scatter_(0, at, dispatch.source)
     used = torch.zeros(size, dtype=torch.bool).scatter_(0, at, True)
@@ -185,7 +187,7 @@ def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
 def limit(dispatch: Dispatch, capacity: int) -> Dispatch:
     """`capacity` rows for each expert, whatever it got: later tokens are dropped.
 
-    A dropped choice has the last row, which is zero (Fedus et al. 2021, section 2.2)."""
+    A dropped choice has the last row, which is zero (Fedus et al. 2021, 2.2)."""
     counts, n_choices = dispatch.counts, len(dispatch.source)
     E, i = len(counts), torch.arange(n_choices, device=counts.device)
     expert = torch.arange(E, device=counts.device).repeat_interleave(
@@ -198,7 +200,9 @@ def limit(dispatch: Dispatch, capacity: int) -> Dispatch:
     return Dispatch(source, used, at[dispatch.row], [capacity] * E)
 
 # %% ../../nbs/02_moe/01_moe.ipynb #0590ef61
-def compute_experts(self: "Experts", rows: Tensor, counts: Tensor | list[int]) -> Tensor:
+def compute_experts(
+    self: "Experts", rows: Tensor, counts: Tensor | list[int],
+) -> Tensor:
     "Rows (R, D), those of an expert together, and how many each has -> outputs (R, D)."
     gate, up = grouped_linear(
         rows, self.gate_up_proj, counts, self.gate_up_proj_bias, parts=2)
@@ -218,10 +222,9 @@ def dispatch_for(experts: Tensor, n_experts: int, dtype: torch.dtype,
 
 # %% ../../nbs/02_moe/01_moe.ipynb #f15c5107
 class Experts(nn.Module):
-    """E SwiGLU experts, stacked; a token's output is the weighted sum over its k experts.
+    """E SwiGLU experts, stacked; a token's output is the weighted sum over its k.
 
-    Subclasses may set `gate_up_proj_bias` (E, 2F) and `down_proj_bias` (E, D), and
-    override `activation`."""
+    Subclasses may set `gate_up_proj_bias` (E, 2F), `down_proj_bias`, `activation`."""
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int):
         super().__init__()

@@ -40,7 +40,9 @@ def outputs_of(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
              "feed-forward": block.mlp, "residual stream": block}
 
     def keep(name):
-        return lambda module, inputs, output: found.update({name: output.detach()})
+        def hook(module, inputs, output):  # a sparse layer's is a pair
+            found[name] = (output[0] if isinstance(output, tuple) else output).detach()
+        return hook
 
     hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
     with torch.no_grad():
