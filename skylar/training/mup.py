@@ -40,7 +40,9 @@ def outputs_of(model: CausalLM, ids: Tensor) -> dict[str, Tensor]:
              "feed-forward": block.mlp, "residual stream": block}
 
     def keep(name):
-        return lambda module, inputs, output: found.update({name: output.detach()})
+        def hook(module, inputs, output):  # a sparse layer's is a pair
+            found[name] = (output[0] if isinstance(output, tuple) else output).detach()
+        return hook
 
     hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
     with torch.no_grad():
@@ -204,8 +206,8 @@ def fold(
     for block, source in zip(decoder.layers, model.model.layers):
         attention = block.self_attn
         scale_parameters(attention.o_proj, source.scale)
-        for name, p in block.mlp.named_parameters():
-            if "down_proj" in name:  # of every expert, too
+        for name, p in block.mlp.named_parameters():  # of experts, too
+            if "down_proj" in name:
                 p.mul_(source.scale)
         queries = getattr(attention, "q_norm", None) or attention.q_proj
         scale_parameters(queries, getattr(source.self_attn, "q_scale", 1.0))
