@@ -1,4 +1,4 @@
-"""A sparse model against its dense twin: at equal active FLOPs, and at equal time.
+"""A sparse model against a dense one of its cost: at equal active FLOPs, and at equal time.
 
     python bench/moe_twins.py                          # about 15 minutes on one core
     python bench/moe_twins.py --steps 1000 --seeds 3 --skip wide --keep    # rows of 300 steps stay

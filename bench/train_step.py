@@ -7,8 +7,8 @@ clipped to 1 and fused AdamW. Skylar's side is the Trainer's own `TrainStep` aro
 attention implementations is faster here. Ratios are medians over paired rounds, of wall clock and
 of CPU time. The `packed` row compares ours with ours: sequences of several documents, which do not
 see one another, against sequences of one. The rows of Mixtral are against the fastest of
-transformers' experts implementations here, balance loss on both sides, and (`twin`) against our own
-dense model of equal active parameters.
+transformers' experts implementations here, balance loss on both sides, and (`dense`) against our
+own dense model of equal active parameters.
 
     python bench/train_step.py                     # all families, about 12 minutes
     python bench/train_step.py --family mixtral    # one of them
@@ -50,9 +50,9 @@ NAMED = {  # row: family, overrides of the `test` preset, mode, batch size, leng
     "gpt2-test": ("gpt2", {}, "eager", 8, 256, 1.2),
     "gpt2-test-compiled": ("gpt2", {}, "compiled", 8, 256, 1.1),
     "mixtral-test": ("mixtral", dict(d_ff=128), "eager", 8, 256, 1.5),
-    "mixtral-test-twin": ("mixtral", dict(d_ff=128), "twin", 8, 256, 0.8),
+    "mixtral-test-dense": ("mixtral", dict(d_ff=128), "dense", 8, 256, 0.8),
     "mixtral-wide": ("mixtral", dict(d_ff=768, **WIDE), "eager", 8, 256, 1.5),
-    "mixtral-wide-twin": ("mixtral", dict(d_ff=768, **WIDE), "twin", 8, 256, 0.8),
+    "mixtral-wide-dense": ("mixtral", dict(d_ff=768, **WIDE), "dense", 8, 256, 0.8),
 }
 CASES = NAMED | {
     f"grid-{width}-{vocabulary}-{length}": (
@@ -240,14 +240,14 @@ def sparse_and_dense(case: str) -> tuple:
 def measure(case: str, rounds: int, limit: float) -> dict:
     """One row."""
     family, _, mode, size, length, target = CASES[case]
-    prepare = {"packed": packed_and_not, "twin": sparse_and_dense}.get(
+    prepare = {"packed": packed_and_not, "dense": sparse_and_dense}.get(
         mode, lambda case: against_transformers(case, mode))
     mine, other, notes = prepare(case)
     for _ in range(2):
         warm = seconds(mine)[0], seconds(other)[0]
     took = turns(mine, other, rounds, limit, min(warm))
     ours, theirs = (round(size * length / s) for s in took.pop("seconds"))
-    rival = {"packed": "unpacked", "twin": "dense"}.get(mode, "transformers") + "_tokens_per_s"
+    rival = {"packed": "unpacked", "dense": "dense"}.get(mode, "transformers") + "_tokens_per_s"
     row = {
         "case": case, "family": family, "mode": mode, "batch": f"{size} x {length}",
         "skylar_tokens_per_s": ours, rival: theirs, **took, "target": target,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MixtralConfig']
 
-# %% ../../../nbs/library/family_mixtral.ipynb #aa90c2e2
+# %% ../../../nbs/library/family_mixtral.ipynb #77652424
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -41,7 +41,18 @@ def _read(hf: dict) -> dict[str, Any]:
         "top_k": hf.get("num_experts_per_tok", 2),
         "balance_loss": hf.get("router_aux_loss_coef", 0.001)}
 
-# %% ../../../nbs/library/family_mixtral.ipynb #dea752f1
+
+def _block(self) -> BlockConfig:
+    "Llama's, with experts in place of the feed-forward layer."
+    norm = RMSNormConfig(eps=self.norm_eps)
+    attention = GQAConfig(
+        n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
+        d_head=head_width(self), rope=rope_config(self), dropout=self.dropout)
+    router = TopKConfig(n_experts=self.n_experts, top_k=self.top_k)
+    return BlockConfig(attention=attention, ffn=MoEConfig(router=router, d_ff=self.d_ff),
+                       norm=norm, dropout=self.dropout)
+
+# %% ../../../nbs/library/family_mixtral.ipynb #8b4e0c73
 @dataclass(frozen=True, kw_only=True)
 class MixtralConfig:
     """Mixtral (Jiang et al. 2024); the defaults are the 8x7B model.
@@ -76,14 +87,7 @@ class MixtralConfig:
         check_fields(self, may_be_zero=("balance_loss",))
         self.block()
 
-    def block(self) -> BlockConfig:
-        norm = RMSNormConfig(eps=self.norm_eps)
-        attention = GQAConfig(
-            n_heads=self.n_heads, n_kv_heads=self.n_kv_heads or self.n_heads,
-            d_head=head_width(self), rope=rope_config(self), dropout=self.dropout)
-        router = TopKConfig(n_experts=self.n_experts, top_k=self.top_k)
-        return BlockConfig(attention=attention, ffn=MoEConfig(router=router, d_ff=self.d_ff),
-                           norm=norm, dropout=self.dropout)
+    block = _block
 
     def decoder(self) -> DecoderConfig:
         block = self.block()

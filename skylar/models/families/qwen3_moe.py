@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Qwen3MoEConfig']
 
-# %% ../../../nbs/library/family_qwen3_moe.ipynb #48436f74
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #bfb10b39
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -48,7 +48,7 @@ _SIZES = {  # of the first the active parameters are as many as those of the den
     "qwen3-235b-a22b": dict(d_model=4096, n_heads=64, n_layers=94, d_ff=1536),
 }
 
-# %% ../../../nbs/library/family_qwen3_moe.ipynb #5e80ac08
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #e806a9d6
 def _block(self, sparse: bool) -> BlockConfig:
     "A block with experts, or with one wide feed-forward layer."
     norm = RMSNormConfig(eps=self.norm_eps)
@@ -64,6 +64,19 @@ def _block(self, sparse: bool) -> BlockConfig:
     return BlockConfig(attention=attention, ffn=ffn, norm=norm, dropout=self.dropout)
 
 
+def _sparse_layers(self) -> list[bool]:
+    "For each layer whether it has experts."
+    return [i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0
+            for i in range(self.n_layers)]
+
+
+def _decoder(self) -> DecoderConfig:
+    kinds, sparse = (self.block(False), self.block(True)), self.sparse_layers()
+    auxiliary = RouterLossConfig(balance=self.balance_loss) if any(sparse) else None
+    return build_decoder(self, [kinds[is_sparse] for is_sparse in sparse],
+                         norm=kinds[0].norm, auxiliary=auxiliary)
+
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #8ad6bd28
 def _write(self) -> dict[str, Any]:
     "config.json."
     hf = write_llama(self) | {"hidden_act": "silu", "use_sliding_window": False}
@@ -81,7 +94,7 @@ def _read(hf: dict) -> dict[str, Any]:
     sparse = _SPARSE_DEFAULTS | given
     return read_llama(hf, **_DEFAULTS) | {ours: sparse[key] for ours, key in _SPARSE.items()}
 
-# %% ../../../nbs/library/family_qwen3_moe.ipynb #0b36c4cd
+# %% ../../../nbs/library/family_qwen3_moe.ipynb #e60f92dc
 @dataclass(frozen=True, kw_only=True)
 class Qwen3MoEConfig:
     """Qwen3-MoE (Yang et al. 2025, section 2); the defaults are the 30B-A3B model.
@@ -122,19 +135,9 @@ class Qwen3MoEConfig:
             check_int(0, mlp_only_layers=layer)
         self.block(sparse=True)
 
-    def sparse_layers(self) -> list[bool]:
-        "For each layer whether it has experts."
-        return [i not in self.mlp_only_layers and (i + 1) % self.decoder_sparse_step == 0
-                for i in range(self.n_layers)]
-
+    sparse_layers = _sparse_layers
     block = _block
-
-    def decoder(self) -> DecoderConfig:
-        kinds, sparse = (self.block(False), self.block(True)), self.sparse_layers()
-        auxiliary = RouterLossConfig(balance=self.balance_loss) if any(sparse) else None
-        return build_decoder(self, [kinds[is_sparse] for is_sparse in sparse],
-                             norm=kinds[0].norm, auxiliary=auxiliary)
-
+    decoder = _decoder
     to_hf = _write
 
     @classmethod
