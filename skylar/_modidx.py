@@ -1893,7 +1893,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'skylar.models.weight_map.split_experts': ( 'library/weight_map.html#split_experts',
                                                                                       'skylar/models/weight_map.py'),
                                           'skylar.models.weight_map.state_tensors': ( 'library/weight_map.html#state_tensors',
-                                                                                       'skylar/models/weight_map.py')},
+                                                                                      'skylar/models/weight_map.py')},
             'skylar.training.async_checkpoint': { 'skylar.training.async_checkpoint.BackgroundSaver': ( '01_gqa_rope/faults.html#backgroundsaver',
                                                                                                         'skylar/training/async_checkpoint.py'),
                                                   'skylar.training.async_checkpoint.BackgroundSaver.__init__': ( '01_gqa_rope/faults.html#backgroundsaver.__init__',
