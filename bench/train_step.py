@@ -6,9 +6,12 @@ clipped to 1 and fused AdamW. Skylar's side is the Trainer's own `TrainStep` aro
 `NextTokenObjective(model)`; transformers' side is its model with `labels=`, with whichever of its
 attention implementations is faster here. Ratios are medians over paired rounds, of wall clock and
 of CPU time. The `packed` row compares ours with ours: sequences of several documents, which do not
-see one another, against sequences of one.
+see one another, against sequences of one. The rows of Mixtral are against the fastest of
+transformers' experts implementations here, balance loss on both sides, and (`twin`) against our own
+dense model of equal active parameters.
 
-    python bench/train_step.py                     # both families, about 10 minutes
+    python bench/train_step.py                     # all families, about 12 minutes
+    python bench/train_step.py --family mixtral    # one of them
     python bench/train_step.py --quick             # four rows, three rounds, writes no file
     python bench/train_step.py --only grid-256     # rows whose name begins so; writes no file
     python bench/train_step.py --profile grid-256-8192-256    # where the time of a step goes
@@ -26,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from skylar.models.decoder import CausalLM
+from skylar.models.decoder import CausalLM, active_parameters, count_parameters
 from skylar.models.hub import save_pretrained
 from skylar.models.presets import get_config
 from skylar.training.loss import NextTokenObjective
@@ -39,12 +42,17 @@ DTYPE = pick_dtype("auto", CPU)
 LAYERS, TOKENS = 6, 1024  # of every model of the grid; tokens a step
 GRID = list(itertools.product((128, 256, 512), (8192, 40_960), (256, 1024)))
 GRID_WORST, GRID_MEDIAN = 1.3, 1.5  # targets
+WIDE = dict(d_model=512, n_heads=8, n_kv_heads=4, d_head=64, n_layers=6, vocab_size=8192)
 NAMED = {  # row: family, overrides of the `test` preset, mode, batch size, length, target
     "test": ("qwen3", {}, "eager", 8, 256, 1.3),
     "test-compiled": ("qwen3", {}, "compiled", 8, 256, 1.0),
     "test-packed": ("qwen3", {}, "packed", 2, 1024, 0.9),
     "gpt2-test": ("gpt2", {}, "eager", 8, 256, 1.2),
     "gpt2-test-compiled": ("gpt2", {}, "compiled", 8, 256, 1.1),
+    "mixtral-test": ("mixtral", dict(d_ff=128), "eager", 8, 256, 1.5),
+    "mixtral-test-twin": ("mixtral", dict(d_ff=128), "twin", 8, 256, 0.8),
+    "mixtral-wide": ("mixtral", dict(d_ff=768, **WIDE), "eager", 8, 256, 1.5),
+    "mixtral-wide-twin": ("mixtral", dict(d_ff=768, **WIDE), "twin", 8, 256, 0.8),
 }
 CASES = NAMED | {
     f"grid-{width}-{vocabulary}-{length}": (
@@ -53,6 +61,7 @@ CASES = NAMED | {
              d_ff=3 * width, n_layers=LAYERS, vocab_size=vocabulary),
         "eager", TOKENS // length, length, GRID_WORST)
     for width, vocabulary, length in GRID}
+BENCHED = ("qwen3", "gpt2", "mixtral")  # families with rows of their own
 QUICK = ("grid-128-8192-256", "grid-256-40960-1024", "test-packed", "gpt2-test")
 STEPS = 10_000  # of a run that the steps measured here are the first of
 OPTIMIZER = AdamWConfig()
@@ -166,15 +175,42 @@ def documents_of(size: int, length: int) -> torch.Tensor:
     return (torch.arange(length)[None, :, None] >= ends[:, None, :]).sum(-1)
 
 
+def fastest_experts(theirs, run, tokens: int) -> str | None:
+    """Set transformers' sparse model to its fastest experts, after a warm-up of each.
+
+    batched_mm copies the weights of a token's experts for each token: tried up to 2 GB of them."""
+    config = theirs.config
+    if not hasattr(config, "num_experts_per_tok"):
+        return None
+    copies = 3 * 4 * tokens * config.num_experts_per_tok * config.hidden_size * (
+        config.intermediate_size)
+    took = {}
+    for name in ("eager", "grouped_mm", *(("batched_mm",) if copies < 2e9 else ())):
+        theirs.set_experts_implementation(name)
+        run()
+        took[name] = min(seconds(run)[1] for _ in range(3))
+    print("transformers, CPU seconds a step:", {k: round(v, 3) for k, v in took.items()})
+    best = min(took, key=took.get)
+    theirs.set_experts_implementation(best)
+    return best
+
+
 def against_transformers(case: str, mode: str) -> tuple:
-    """A step of each side, proved to do the same work, and transformers' attention."""
+    """A step of each side, proved to do the same work, and transformers' kernels."""
     ours, theirs, ids = both(case)
+    if hasattr(theirs.config, "output_router_logits"):  # with the balance loss, as ours
+        theirs.config.output_router_logits = True
     compiled = mode == "compiled"
     mine, other = our_step(ours, batch_of(ids), compiled), their_step(theirs, ids, compiled)
     before = mine()
     first = other()
     assert abs(before - first) < 0.02, f"{case}: the losses differ: {before} and {first}"
-    return mine, other, "sdpa" if compiled else faster_attention(theirs, other)
+    if compiled:
+        return mine, other, {"transformers_attention": "sdpa"}
+    chosen = {"transformers_attention": faster_attention(theirs, other)}
+    if experts := fastest_experts(theirs, other, ids.numel()):
+        chosen["transformers_experts"] = experts
+    return mine, other, chosen
 
 
 def packed_and_not(case: str) -> tuple:
@@ -184,23 +220,38 @@ def packed_and_not(case: str) -> tuple:
     ids = torch.randint(config_of(case).vocab_size, (size, length))
     mine, other = (our_step(CausalLM(config_of(case)), batch_of(ids, d))
                    for d in (documents_of(size, length), None))
-    return mine, other, None
+    return mine, other, {"transformers_attention": None}
+
+
+def sparse_and_dense(case: str) -> tuple:
+    """A step of a sparse model and one of the dense model of equal active parameters."""
+    _, sizes, _, size, length, _ = CASES[case]
+    sparse = config_of(case)
+    dense = get_config("test", "llama3", **sizes | {"d_ff": sparse.top_k * sparse.d_ff})
+    counts = {"parameters": count_parameters(sparse), "active": active_parameters(sparse),
+              "dense_parameters": count_parameters(dense)}
+    assert abs(counts["active"] / counts["dense_parameters"] - 1) < 0.01
+    torch.manual_seed(0)
+    ids = torch.randint(sparse.vocab_size, (size, length))
+    mine, other = (our_step(CausalLM(config), batch_of(ids)) for config in (sparse, dense))
+    return mine, other, counts
 
 
 def measure(case: str, rounds: int, limit: float) -> dict:
     """One row."""
     family, _, mode, size, length, target = CASES[case]
-    prepare = packed_and_not(case) if mode == "packed" else against_transformers(case, mode)
-    mine, other, attention = prepare
+    prepare = {"packed": packed_and_not, "twin": sparse_and_dense}.get(
+        mode, lambda case: against_transformers(case, mode))
+    mine, other, notes = prepare(case)
     for _ in range(2):
         warm = seconds(mine)[0], seconds(other)[0]
     took = turns(mine, other, rounds, limit, min(warm))
     ours, theirs = (round(size * length / s) for s in took.pop("seconds"))
-    rival = "unpacked_tokens_per_s" if mode == "packed" else "transformers_tokens_per_s"
+    rival = {"packed": "unpacked", "twin": "dense"}.get(mode, "transformers") + "_tokens_per_s"
     row = {
         "case": case, "family": family, "mode": mode, "batch": f"{size} x {length}",
         "skylar_tokens_per_s": ours, rival: theirs, **took, "target": target,
-        "met": took["ratio"] >= target, "transformers_attention": attention}
+        "met": took["ratio"] >= target, **notes}
     show(row)
     return row
 
@@ -217,8 +268,8 @@ def grid_summary(rows: list[dict]) -> dict:
 
 def show_profile(case: str) -> None:
     """The operators that take most of a step, on both sides."""
-    mine, other, attention = against_transformers(case, "eager")
-    for name, step in (("Skylar", mine), (f"transformers, {attention}", other)):
+    mine, other, chosen = against_transformers(case, "eager")
+    for name, step in (("Skylar", mine), (f"transformers, {', '.join(chosen.values())}", other)):
         step()
         plain = statistics.median(seconds(step)[1] for _ in range(5))
         with profile(activities=[ProfilerActivity.CPU]) as watched:
@@ -233,7 +284,7 @@ def show_profile(case: str) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=("qwen3", "gpt2"), help="default: both")
+    parser.add_argument("--family", choices=BENCHED, help="default: all")
     parser.add_argument("--only", default="", help="rows whose name begins so; writes no file")
     parser.add_argument("--rounds", type=int, default=11, help="at most, of each row")
     parser.add_argument("--limit", type=float, default=28, help="seconds of rounds a row")
@@ -255,7 +306,7 @@ def main():
         print(summary)
     if args.dry or args.quick or args.only:
         return
-    for family in ("qwen3", "gpt2") if args.family is None else (args.family,):
+    for family in BENCHED if args.family is None else (args.family,):
         record(
             f"train_step_{family}", [r for r in rows if r["family"] == family],
             **({"grid": summary} if family == "qwen3" else {}),

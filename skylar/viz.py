@@ -594,14 +594,26 @@ MODELS = {  # what the drawings say; "" is a part that a model does not have
         rope="RoPE on q and k", heads="grouped-query attention", ffn="SwiGLU, no biases",
         head="LM head, tied",
         sizes=dict(V=151_936, D=1_024, L=28, H=16, K=8, Dh=128, F=3_072)),
+    "mixtral": dict(
+        title="Mixtral (8x7B)", positions="", norm="RMSNorm",
+        projections="q, k, v projections, no biases", qk_norm="", rope="RoPE on q and k",
+        heads="grouped-query attention", ffn="router, SwiGLU experts", router="softmax, top k",
+        experts="SwiGLU", head="LM head, untied",
+        sizes=dict(V=32_000, D=4_096, L=32, H=32, K=8, Dh=128, F=14_336, E=8, k=2)),
+    "qwen3_moe": dict(
+        title="Qwen3-MoE (30B-A3B)", positions="", norm="RMSNorm",
+        projections="q, k, v projections, no biases", qk_norm="QK-norm: RMSNorm per head",
+        rope="RoPE on q and k", heads="grouped-query attention", ffn="router, SwiGLU experts",
+        router="softmax, top k", experts="SwiGLU", head="LM head, untied",
+        sizes=dict(V=151_936, D=2_048, L=48, H=32, K=4, Dh=128, F=768, E=128, k=8)),
 }
 PARTS = (  # names that `highlight` may have
     "tokens", "embedding", "positions", "norm", "attention", "projections", "qk_norm", "rope",
-    "mask", "scores", "weights", "heads", "output", "residual", "ffn", "final_norm", "head",
-    "logits")
+    "mask", "scores", "weights", "heads", "output", "residual", "ffn", "router", "experts",
+    "final_norm", "head", "logits")
 _LEGEND = dict(B="batch", T="positions", V="vocabulary", D="model width", L="blocks",
                H="query heads", K="key and value heads", Dh="head width",
-               F="feed-forward width")
+               F="feed-forward width", E="experts", k="experts a token")
 
 # %% ../nbs/viz.ipynb #a03d485b
 def _column(
@@ -698,6 +710,8 @@ def _attention_panel(s: Schematic, model: Mapping, x: float, y: float, on: Calla
 # %% ../nbs/viz.ipynb #a00ad41b
 def _ffn_panel(s: Schematic, model: Mapping, x: float, y: float, on: Callable) -> Node:
     "Inside the feed-forward layer; (x, y) is the center of its input."
+    if model.get("router"):
+        return _experts_panel(s, model, x, y, on)
     x_in = s.tensor(x, y, "normalized hidden states", "B T D", w=4.2)
     swiglu = "SwiGLU" in model["ffn"]
     names = ("gate_proj", "up_proj") if swiglu else ("up_proj",)
@@ -716,9 +730,27 @@ def _ffn_panel(s: Schematic, model: Mapping, x: float, y: float, on: Callable) -
     s.arrow(down, result)
     return s.frame([*nodes, down, result], "inside the feed-forward layer", on("ffn"))
 
+
+def _experts_panel(s: Schematic, model: Mapping, x: float, y: float, on: Callable) -> Node:
+    "Inside a sparse feed-forward layer: a router on the left, experts on the right."
+    routing, computing = on("ffn") or on("router"), on("ffn") or on("experts")
+    x_in = s.tensor(x, y, "normalized hidden states", "B T D", w=4.4)
+    router = s.box(x - 1.25, y + 1.15, "router", w=1.9, h=0.5, highlight=routing)
+    choice = s.box(x - 1.25, y + 2.3, model["router"], w=1.9, h=0.5, highlight=routing)
+    experts = s.box(x + 1.25, y + 1.72, f"k of E\n{model['experts']}\nexperts", w=1.9, h=1.65,
+                    highlight=computing)
+    total = s.box(x, y + 3.5, "weighted sum over k", w=4.4, h=0.5, highlight=computing)
+    result = s.tensor(x, y + 4.6, "output", "B T D", w=4.4)
+    for a, b, shape in ((x_in, router, ""), (router, choice, "(B, T, E)"), (x_in, experts, ""),
+                        (choice, experts, ""), (choice, total, "(B, T, k)"),
+                        (experts, total, "(B, T, k, D)"), (total, result, "")):
+        s.arrow(a, b, shape)
+    nodes = [x_in, router, choice, experts, total, result]
+    return s.frame(nodes, "inside the feed-forward layer", on("ffn"))
+
 # %% ../nbs/viz.ipynb #d955caf9
 def architecture(
-    name: str,  # "gpt2", "llama3" or "qwen3"
+    name: str,  # one of MODELS, such as "gpt2", "llama3", "qwen3" or "mixtral"
     highlight: str | Sequence[str] = (),  # names of PARTS
 ) -> Schematic:
     "The whole model with the shapes of its tensors; `highlight` names what is drawn in orange."
@@ -728,7 +760,9 @@ def architecture(
     _frame_block(s, nodes, f"{model['sizes']['L']} blocks")
     _attention_panel(s, model, 8.4, 0.5, chosen.__contains__)
     _ffn_panel(s, model, 14.5, 0.5, chosen.__contains__)
-    names = {key: what for key, what in _LEGEND.items() if key != "K" or model["rope"]}
+    names = {key: what for key, what in _LEGEND.items() if key in model["sizes"] or key in "BT"}
+    if not model["rope"]:  # all heads are alike
+        del names["K"]
     for n, (key, what) in enumerate(names.items()):
         size = f": {model['sizes'][key]:,}" if key in model["sizes"] else ""
         s.text(12.1, 11.4 - 0.42 * n, f"{key}   {what}{size}", align="left")
@@ -757,6 +791,9 @@ def _detailed(model: Mapping) -> list[tuple[str, str, str]]:
     inside = [("projections", model["projections"], ""), ("qk_norm", model["qk_norm"], ""),
               ("rope", model["rope"], ""), ("heads", heads, ""),
               ("output", "output projection", "")]
+    if "E" in size:
+        rows = [(part, f"{text}\n{size['E']} experts, {size['k']} a token" if part == "ffn" else
+                 text, shape) for part, text, shape in rows]
     at = [part for part, _, _ in rows].index("attention")
     return [(part, text, "") for part, text, _ in rows[:at] + inside + rows[at + 1:]]
 
@@ -767,8 +804,8 @@ def _differences(before: Mapping, model: Mapping) -> set[str]:
 
 
 def architectures(*names: str) -> Schematic:
-    "Models side by side (default: all three); what differs from the left one is highlighted."
-    names = names or tuple(MODELS)
+    "Models side by side (default: the dense ones); what differs from the left is highlighted."
+    names = names or ("gpt2", "llama3", "qwen3")
     s, before = Schematic(5.5 * len(names), 15.7), None
     for n, model in enumerate(map(_model, names)):
         new = _differences(before, model) if before else set()

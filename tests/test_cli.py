@@ -21,7 +21,7 @@ from skylar.cli import commands, main
 from skylar.cli.commands import COMMANDS, DEMO, command_parser
 from skylar.cli.flags import UsageError
 from skylar.data.sources import SOURCES
-from skylar.models.presets import get_config
+from skylar.models.presets import PRESETS, get_config
 from skylar.training import run as runs
 from skylar.training.metrics import read_metrics
 
@@ -148,10 +148,16 @@ def test_presets_are_counted(capsys):
     assert "5,899,648" in capsys.readouterr().out
 
 
-def test_all_fifteen_presets_are_listed(capsys):
+def test_all_presets_are_listed(capsys):
     assert main(["presets", "--json"]) == 0
-    names = [row["preset"] for row in json.loads(capsys.readouterr().out)]
-    assert len(names) == 15 and names[0] == "test" and names[-1] == "128b"
+    rows = json.loads(capsys.readouterr().out)
+    names = [row["preset"] for row in rows]
+    assert names == list(PRESETS) and names[0] == "test" and names[14] == "128b"
+    dense = [row["active"] == row["parameters"] for row in rows]
+    assert all(dense[:15]) and not dense[names.index("mixtral-8x7b")]
+    assert main(["presets"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in names) and "\u2026" not in table  # nothing is cut off
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama3", "skylar"])
@@ -414,7 +420,7 @@ def test_every_argument_of_every_family_is_a_flag():
     from skylar.models.presets import FAMILIES
 
     found = commands.family_parameters()
-    assert len(found) == len(FAMILIES)
+    assert list(found) == [family.name for family in FAMILIES]
     flags = {a.dest for a in command_parser("pretrain")._actions}
     wanted = {f"model.{p.name}" for parameters in found.values() for p in parameters}
     assert {"model.d_model", "model.rope_theta", "model.init_std"} <= wanted <= flags

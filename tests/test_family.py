@@ -215,7 +215,8 @@ def test_cache_bytes_of_gpt2():
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_every_family_learns_one_batch(family):
     torch.manual_seed(0)
-    extra = dict(window=8, num_sink_tokens=1, full_every=2) if family == "skylar" else {}
+    extra = {"skylar": dict(window=8, num_sink_tokens=1, full_every=2),
+             "qwen3_moe": dict(n_experts=4, top_k=2)}.get(family, {})
     small = dict(vocab_size=32, d_model=32, d_head=8, d_ff=64, n_layers=2, max_seq_len=32)
     model = CausalLM(get_config("test", family=family, **small, **extra))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

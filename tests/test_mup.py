@@ -223,7 +223,11 @@ def test_a_scaled_config_comes_back_from_json_and_from_its_folder(tmp_path):
 def small(family: str, tied: bool, bias: bool):
     more = dict(d_model=16, n_heads=4, tie_embeddings=tied, **SIZES)
     if family != "gpt2":
-        more |= dict(n_kv_heads=2, d_head=8, bias=bias, d_ff=24)
+        more |= dict(n_kv_heads=2, d_head=8, d_ff=24)
+    if family not in ("gpt2", "mixtral"):
+        more["bias"] = bias
+    if family in ("mixtral", "qwen3_moe"):
+        more |= dict(n_experts=4, top_k=2)
     return find_family(family)(**more)
 
 

@@ -45,6 +45,14 @@ def test_the_fifteen_presets():
     assert DENSE.items() <= PRESETS.items()
 
 
+def test_other_presets_come_after_the_dense_ones_and_are_of_their_own_family():
+    assert list(PRESETS)[:15] == list(DENSE)
+    brought = [name for family in FAMILIES for name in getattr(family, "presets", dict)()]
+    assert brought == list(PRESETS)[15:] and len(set(brought)) == len(brought)
+    for name in brought:
+        assert type(PRESETS[name]) in FAMILIES and through_json(PRESETS[name]) == PRESETS[name]
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_every_preset_is_what_the_table_says(name):
     D, H, K, Dh, L, F, context, theta, tied, millions = TABLE[name]

@@ -188,7 +188,8 @@ def test_every_method_is_shown_in_the_notebook():
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_highlighted(name, part):
     "Each name changes the drawing, unless the model does not have that part."
-    has = part not in ("positions", "qk_norm", "rope") or MODELS[name][part]
+    optional = ("positions", "qk_norm", "rope", "router", "experts")
+    has = part not in optional or MODELS[name].get(part)
 
     def orange(s):
         return sum(p.get_edgecolor()[:3] == (0xD5 / 255, 0x5E / 255, 0) for p in s.ax.patches)
@@ -213,6 +214,9 @@ def test_differences_are_those_that_are_drawn():
     assert highlighted(architectures("gpt2", "llama3")) == 8
     assert highlighted(architectures("llama3", "qwen3")) == 2  # QK-norm, LM head
     assert highlighted(architectures()) == 10
+    assert highlighted(architectures("llama3", "mixtral")) == 1  # the feed-forward layer
+    assert highlighted(architectures("mixtral", "qwen3_moe")) == 1  # QK-norm
+    assert highlighted(architectures("qwen3", "qwen3_moe")) == 2  # feed-forward layer, LM head
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -228,7 +232,9 @@ def test_models_are_as_drawn(name):
     assert any("embed_positions" in n for n in names) == bool(drawn["positions"])
     assert any("q_norm" in n for n in names) == bool(drawn["qk_norm"])
     assert hasattr(config, "rope_theta") == bool(drawn["rope"])
-    assert any("gate_proj" in n for n in names) == ("SwiGLU" in drawn["ffn"])
+    assert any("gate_proj" in n or "gate_up_proj" in n for n in parameters) == (
+        "SwiGLU" in drawn["ffn"])
+    assert any(".experts." in n for n in parameters) == bool(drawn.get("experts"))
     for part, layer in (("projections", "q_proj"), ("ffn", "up_proj")):
         biases = any(f"{layer}.bias" in n for n in parameters)
         assert biases == ("biases" in drawn[part] and "no biases" not in drawn[part])
@@ -247,6 +253,12 @@ def test_sizes_are_those_of_the_published_models():
         assert millions(**MODELS[name]["sizes"], ffn=ffn, tied=tied) == pytest.approx(
             expected, rel=0.01)
         assert ("untied" not in MODELS[name]["head"]) == tied
+    for name, expected in (("mixtral", 46_703), ("qwen3_moe", 30_532)):
+        sizes = dict(MODELS[name]["sizes"])
+        E, L, D = sizes.pop("E"), sizes["L"], sizes["D"]
+        assert sizes.pop("k") < E and "untied" in MODELS[name]["head"]
+        found = millions(**sizes | {"F": E * sizes["F"]}, ffn=3, tied=False) + L * E * D / 1e6
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_bars_have_one_color_and_one_highlight():

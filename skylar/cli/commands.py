@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable', 'data_fetch', 'data_tokenize', 'data_verify',
-           'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'add_model_flags',
-           'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate', 'export', 'demo',
-           'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion', 'completion_parser',
-           'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main', 'note', 'say_once']
+           'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'family_name',
+           'add_model_flags', 'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate',
+           'export', 'demo', 'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion',
+           'completion_parser', 'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main',
+           'note', 'say_once']
 
 # %% ../../nbs/cli.ipynb #c047
 import argparse
@@ -166,21 +167,24 @@ def presets(
 
     show([preset_row(name) for name in PRESETS], json)
     if not json:
-        print("D width, H heads, K key-value heads, Dh head width, L layers, F feed-forward\n"
-              "width; GB of weights and kB of KV cache for each token, both in bfloat16")
+        print("active: parameters that one token uses; D width, H heads, K key-value heads,\n"
+              "Dh head width, L layers, F feed-forward width (of one expert); GB of weights and\n"
+              "kB of KV cache for each token, both in bfloat16")
 
 
 def preset_row(name: str) -> dict:
     "What a preset is and what it costs."
-    from skylar.models.decoder import cache_bytes, count_parameters, weight_bytes
+    from skylar.models.decoder import active_parameters, cache_bytes, count_parameters
+    from skylar.models.decoder import weight_bytes
     from skylar.models.presets import get_config
 
     config = get_config(name)
     sizes = vars(config)
     return {
         "preset": name, "parameters": count_parameters(config),
-        "D": sizes["d_model"], "H": sizes["n_heads"], "K": sizes["n_kv_heads"],
-        "Dh": sizes["d_head"], "L": sizes["n_layers"], "F": sizes["d_ff"],
+        "active": active_parameters(config),
+        "D": sizes["d_model"], "H": sizes["n_heads"], "K": sizes.get("n_kv_heads"),
+        "Dh": sizes.get("d_head"), "L": sizes["n_layers"], "F": sizes.get("d_ff"),
         "context": sizes["max_seq_len"], "theta": int(sizes["rope_theta"]),
         "GB": round(weight_bytes(config) / 1e9, 2),
         "kB": round(cache_bytes(config, 1) / 1e3, 1)}
@@ -208,8 +212,15 @@ def family_parameters() -> dict[str, list[Parameter]]:
     "The arguments of every model family, by its name."
     module = "skylar.models.presets"
     _, node, module = find_source(module, "FAMILIES")
-    names = [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)]
-    return {n.removesuffix("Config").lower(): read_parameters(module, n) for n in names}
+    kinds = [n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)]
+    return {family_name(module, kind): read_parameters(module, kind) for kind in kinds}
+
+
+def family_name(module: str, kind: str) -> str:
+    "The `name` of a family's class."
+    _, node, _ = find_source(module, kind)
+    return next(ast.literal_eval(f.value) for f in node.body
+                if isinstance(f, ast.AnnAssign) and f.target.id == "name")
 
 
 def add_model_flags(parser: Parser) -> None:

@@ -204,7 +204,9 @@ def fold(
     for block, source in zip(decoder.layers, model.model.layers):
         attention = block.self_attn
         scale_parameters(attention.o_proj, source.scale)
-        scale_parameters(block.mlp.down_proj, source.scale)
+        for name, p in block.mlp.named_parameters():
+            if "down_proj" in name:  # of every expert, too
+                p.mul_(source.scale)
         queries = getattr(attention, "q_norm", None) or attention.q_proj
         scale_parameters(queries, getattr(source.self_attn, "q_scale", 1.0))
     return folded.train(model.training)

@@ -12,26 +12,32 @@ from ...layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
 from ...layers.deepseek_moe import GroupedSigmoidConfig
 from ...layers.gqa import GQAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
+from ...layers.moe import MoEConfig
 from ...layers.norm import LayerNormConfig, RMSNormConfig
 from ...layers.positions import LearnedPositionsConfig, SinusoidalPositionsConfig
 from ...layers.rope import Llama3Scaling, LinearScaling, NTKScaling, RoPEConfig
 from ...layers.rope import YaRNScaling
+from ...layers.router import RouterLossConfig, TopKConfig
 from ...layers.sliding_window import SlidingWindow
 from .arcee import ArceeConfig
 from .gpt2 import GPT2Config
 from .granite import GraniteConfig, ScaledConfig
 from .llama3 import Llama3Config
+from .mixtral import MixtralConfig
 from .qwen3 import Qwen3Config
+from .qwen3_moe import Qwen3MoEConfig
 from .skylar import SkylarConfig
 from .smollm3 import SmolLM3Config
 
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
+            MixtralConfig, Qwen3MoEConfig,
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
     BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, SlidingWindow,
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
-    LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
     GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig,
+    LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
+    TopKConfig, RouterLossConfig, MoEConfig,
     LearnedPositionsConfig, SinusoidalPositionsConfig)

@@ -43,7 +43,7 @@ def check_type(name: str, value: Any, annotation: Any) -> None:
 
 def check_fields(
     config: Any,  # a family's config
-    may_be_zero: Iterable[str] = (),  # whole numbers for which 0 has a meaning
+    may_be_zero: Iterable[str] = (),  # numbers for which 0 has a meaning
 ) -> None:
     """`ValueError` naming the first field of a wrong type or out of its range.
 
@@ -64,7 +64,8 @@ def check_fields(
             check_int(0 if name in may_be_zero else 1, **{name: value})
             continue
         check = check_probability if name.endswith("dropout") else check_positive
-        check(**{name: value})
+        if not (value == 0 and name in may_be_zero):
+            check(**{name: value})
         object.__setattr__(config, name, float(value))  # 10000 and 10000.0 are one config
 
 # %% ../../../nbs/library/family_common.ipynb #7f430f7f
