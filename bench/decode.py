@@ -15,6 +15,7 @@ faster one counts. Ratios are medians over paired rounds, of wall clock and of C
     python bench/decode.py --only grid-256-6     # rows whose name begins so; writes no file
     python bench/decode.py --kernels             # orders of weights in memory: its own file
     python bench/decode.py --profile grid-512-12-40960-fp32-4   # where the time of a token goes
+    python bench/decode.py --family deepseek_v3  # latent attention: see latent_decode.py
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import latent_decode
 import torch
 import torch.nn.functional as F
 from common import record
@@ -364,10 +366,13 @@ def main():
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     parser.add_argument("--kernels", action="store_true", help="orders of weights in memory")
     parser.add_argument("--profile", metavar="CASE", help="where the time of a step goes")
+    parser.add_argument("--family", choices=["deepseek_v3"], help="its cases only")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
+    if args.family:
+        return latent_decode.main(args.rounds, args.quick, args.dry)
     if args.profile:
         return show_profile(args.profile)
     if args.kernels:

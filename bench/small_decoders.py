@@ -2,6 +2,7 @@
 
     python bench/small_decoders.py ffn         # GELU, SwiGLU, ReLU^2 at equal parameters
     python bench/small_decoders.py kv_heads    # 8, 4, 2 and 1 key-value heads
+    python bench/small_decoders.py latent --steps 400    # shared heads and latents of equal cache
     python bench/small_decoders.py ffn --seeds 2 --steps 100 --dry    # a look; writes no file
 
 Two-layer decoders over the characters of Shakespeare's plays, trained with AdamW on random windows
@@ -23,6 +24,7 @@ from common import record
 from skylar.data.held_out import train_plays, val_plays
 from skylar.layers.block import BlockConfig
 from skylar.layers.gqa import GQAConfig
+from skylar.layers.mla import MLAConfig
 from skylar.layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig, count_parameters
@@ -59,7 +61,26 @@ def kv_head_variants(vocab_size: int) -> dict[str, DecoderConfig]:
         for heads in (8, 4, 2, 1)}
 
 
-VARIANTS = {"ffn": ffn_variants, "kv_heads": kv_head_variants}  # the first one is the baseline
+def latent_variants(vocab_size: int) -> dict[str, DecoderConfig]:
+    """Eight heads: 128 numbers in the cache of a token, a quarter and an eighth of that.
+
+    The feed-forward layer takes up the difference in weights, to within a hidden unit."""
+    layers = {f"{n} KV head" + "s" * (n > 1): GQAConfig(n_heads=8, n_kv_heads=n) for n in (8, 2, 1)} | {
+        f"latent {rank} + {rotary}": MLAConfig(
+            n_heads=8, kv_lora_rank=rank, qk_nope_head_dim=8, qk_rope_head_dim=rotary,
+            v_head_dim=8)
+        for rank, rotary in ((24, 8), (12, 4))}
+    sizes = {name: sum(p.numel() for p in layer.build(64).parameters())
+             for name, layer in layers.items()}
+    full = sizes["8 KV heads"]
+    order = ("8 KV heads", "2 KV heads", "latent 24 + 8", "1 KV head", "latent 12 + 4")
+    return {name: decoder(vocab_size, 64, layers[name],
+                          SwiGLUConfig(d_ff=128 + round((full - sizes[name]) / (3 * 64))))
+            for name in order}
+
+
+# the first of each is the baseline
+VARIANTS = {"ffn": ffn_variants, "kv_heads": kv_head_variants, "latent": latent_variants}
 
 
 @cache

@@ -100,6 +100,9 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     for block in model.layers:
         names, attention = dict(block.named_modules()), block.self_attn
         config = attention.config
+        if not hasattr(attention, "k_proj"):
+            raise ValueError(f"tensor={mesh.size()}: latent attention cannot be split among "
+                             "devices yet; set tensor=1")
         heads = getattr(config, "n_kv_heads", None) or config.n_heads
         if heads % mesh.size():
             raise ValueError(f"tensor={mesh.size()} does not divide the {heads} "

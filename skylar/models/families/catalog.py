@@ -11,6 +11,7 @@ from ...layers.block import BlockConfig
 from ...layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
 from ...layers.deepseek_moe import GroupedSigmoidConfig
 from ...layers.gqa import GQAConfig
+from ...layers.mla import MLAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from ...layers.moe import MoEConfig
 from ...layers.norm import LayerNormConfig, RMSNormConfig
@@ -35,7 +36,7 @@ FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, S
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
-    BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, SlidingWindow,
+    BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, MLAConfig, SlidingWindow,
     RoPEConfig, LinearScaling, NTKScaling, Llama3Scaling, YaRNScaling,
     GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig,
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
