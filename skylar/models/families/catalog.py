@@ -21,6 +21,7 @@ from ...layers.rope import YaRNScaling
 from ...layers.router import RouterLossConfig, TopKConfig
 from ...layers.sliding_window import SlidingWindow
 from .arcee import ArceeConfig
+from .deepseek_v3 import DeepSeekV3Config
 from .gpt2 import GPT2Config
 from .granite import GraniteConfig, ScaledConfig
 from .llama3 import Llama3Config
@@ -32,7 +33,7 @@ from .smollm3 import SmolLM3Config
 
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
-            MixtralConfig, Qwen3MoEConfig,
+            MixtralConfig, Qwen3MoEConfig, DeepSeekV3Config,
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
