@@ -55,13 +55,11 @@ def show(rows: list[dict], as_json: bool) -> None:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(readable, row.values()))
-    Console(width=110, force_jupyter=False).print(table)
+    Console(width=100, force_jupyter=False).print(table)
 
 
 def readable(value) -> str:
-    "A number as people read it; nothing for None."
-    if value is None:
-        return ""
+    "A number as people read it."
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
