@@ -1,6 +1,7 @@
 """A sparse model against its dense twin: at equal active FLOPs, and at equal time.
 
-    python bench/moe_twins.py                          # about 20 minutes on one core
+    python bench/moe_twins.py                          # about 15 minutes on one core
+    python bench/moe_twins.py --steps 1000 --seeds 3 --skip wide --keep    # rows of 300 steps stay
     python bench/moe_twins.py --seeds 2 --steps 50 --dry    # a look; writes no file
 
 Two-layer models over the characters of Shakespeare's plays, as in `small_decoders.py`, judged by
@@ -18,11 +19,12 @@ the lesson on Mixtral plots.
 """
 
 import argparse
+import json
 import statistics
 import time
 
 import torch
-from common import record
+from common import ROOT, record
 from small_decoders import BATCH, LENGTH, LR, held_out_bits, plays, windows_of
 
 from skylar.layers.router import expert_counts
@@ -32,7 +34,8 @@ from skylar.models.families.mixtral import MixtralConfig
 from skylar.training.loss import NextTokenObjective
 from skylar.utils.lesson import mean_interval
 
-STEPS = (500, 2000)  # lengths of a run, each with a schedule of its own
+RESULT = ROOT / "bench" / "results" / "moe_twins.json"
+STEPS = (300, 1000)  # lengths of a run, each with a schedule of its own
 
 
 def variants() -> dict:
@@ -106,6 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--skip", nargs="*", default=(), help="variants to leave out")
+    parser.add_argument("--keep", action="store_true", help="rows of other lengths stay")
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -113,10 +118,13 @@ def main() -> None:
     seconds = step_seconds(configs)
     ratio = seconds["sparse"] / seconds["dense"]
     print({name: f"{1e3 * s:.1f} ms" for name, s in seconds.items()}, f"ratio {ratio:.2f}")
-    rows, load = [], []
+    before = json.loads(RESULT.read_text()) if args.keep else {"rows": [], "load": []}
+    rows, load = ([row for row in before[key] if row["steps"] not in args.steps]
+                  for key in ("rows", "load"))
     for steps in args.steps:
         plans = {"dense": ("dense", steps), "sparse": ("sparse", steps),
                  "dense, equal time": ("dense", round(steps * ratio)), "wide": ("wide", steps)}
+        plans = {name: plan for name, plan in plans.items() if name not in args.skip}
         bits = {name: [] for name in plans}
         for seed in range(args.seeds):
             for name, (kind, n) in plans.items():
@@ -131,13 +139,13 @@ def main() -> None:
             rows.append({
                 "steps": steps, "variant": name, "steps_taken": n,
                 "parameters": count_parameters(config), "active": active_parameters(config),
-                "flops": n * BATCH * LENGTH * flops_per_token(config, LENGTH),
+                "seeds": args.seeds, "flops": n * BATCH * LENGTH * flops_per_token(config, LENGTH),
                 "seconds": round(n * seconds[kind], 2),
                 "bits_per_byte": [round(b, 4) for b in bits[name]],
                 "change": round(change, 4), "interval": round(interval, 4)})
             print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
     if not args.dry:
-        record("moe_twins", rows, baseline="dense", seeds=args.seeds,
+        record("moe_twins", rows, baseline="dense",
                batch=f"{BATCH} x {LENGTH} characters", lr=LR,
                step_ms={name: round(1e3 * s, 2) for name, s in seconds.items()},
                step_ratio=round(ratio, 3), load=load,

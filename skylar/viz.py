@@ -735,15 +735,15 @@ def _experts_panel(s: Schematic, model: Mapping, x: float, y: float, on: Callabl
     "Inside a sparse feed-forward layer: a router on the left, experts on the right."
     routing, computing = on("ffn") or on("router"), on("ffn") or on("experts")
     x_in = s.tensor(x, y, "normalized hidden states", "B T D", w=4.4)
-    router = s.box(x - 1.25, y + 1.15, "router", w=1.9, h=0.5, highlight=routing)
-    choice = s.box(x - 1.25, y + 2.3, model["router"], w=1.9, h=0.5, highlight=routing)
-    experts = s.box(x + 1.25, y + 1.72, f"k of E\n{model['experts']}\nexperts", w=1.9, h=1.65,
-                    highlight=computing)
+    router = s.box(x - 1.15, y + 1.15, "router", w=2.1, h=0.5, highlight=routing)
+    choice = s.box(x - 1.15, y + 2.3, model["router"], w=2.1, h=0.5, highlight=routing)
+    experts = s.box(x + 1.3, y + 1.72, f"k of E\n{model['experts']}\nexperts\n(B, T, k, D)",
+                    w=1.8, h=1.65, highlight=computing)
     total = s.box(x, y + 3.5, "weighted sum over k", w=4.4, h=0.5, highlight=computing)
     result = s.tensor(x, y + 4.6, "output", "B T D", w=4.4)
     for a, b, shape in ((x_in, router, ""), (router, choice, "(B, T, E)"), (x_in, experts, ""),
                         (choice, experts, ""), (choice, total, "(B, T, k)"),
-                        (experts, total, "(B, T, k, D)"), (total, result, "")):
+                        (experts, total, ""), (total, result, "")):
         s.arrow(a, b, shape)
     nodes = [x_in, router, choice, experts, total, result]
     return s.frame(nodes, "inside the feed-forward layer", on("ffn"))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_MODULE', 'DEMO', 'COMMANDS', 'show_summary', 'show', 'readable', 'data_fetch', 'data_tokenize', 'data_verify',
-           'tokenizer_train', 'presets', 'preset_row', 'add_run_flags', 'family_parameters', 'family_name',
-           'add_model_flags', 'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt', 'evaluate',
-           'export', 'demo', 'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion',
+           'tokenizer_train', 'presets', 'short_count', 'preset_row', 'add_run_flags', 'family_parameters',
+           'family_name', 'add_model_flags', 'run_config', 'pretrain', 'generate', 'random_generator', 'read_prompt',
+           'evaluate', 'export', 'demo', 'draw_loss', 'lesson_list', 'lesson_start', 'lesson_check', 'completion',
            'completion_parser', 'command_parser', 'short_help', 'overview', 'find_command', 'run_command', 'main',
            'note', 'say_once']
 
@@ -55,7 +55,7 @@ def show(rows: list[dict], as_json: bool) -> None:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(readable, row.values()))
-    Console(width=100, force_jupyter=False).print(table)
+    Console(width=112, force_jupyter=False).print(table)
 
 
 def readable(value) -> str:
@@ -165,11 +165,19 @@ def presets(
     """
     from skylar.models.presets import PRESETS
 
-    show([preset_row(name) for name in PRESETS], json)
+    rows = [preset_row(name) for name in PRESETS]
+    if not json:
+        rows = [row | {"active": short_count(row["active"])} for row in rows]
+    show(rows, json)
     if not json:
         print("active: parameters that one token uses; D width, H heads, K key-value heads,\n"
               "Dh head width, L layers, F feed-forward width (of one expert); GB of weights and\n"
               "kB of KV cache for each token, both in bfloat16")
+
+
+def short_count(n: int) -> str:
+    "5.9M, 12.9B."
+    return f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M"
 
 
 def preset_row(name: str) -> dict:
