@@ -4,11 +4,11 @@
     python bench/bias_balance.py --seeds 2 --steps 50 --dry   # a look; writes no file
 
 Two-layer decoders over the characters of Shakespeare's plays, as in small_decoders.py, with
-DeepSeekMoE layers: 16 fine-grained experts of which a token uses 4, from 2 of 4 groups, and a shared
-one. All arms have the same sigmoid router; for each seed they start alike and see the same batches,
-so that differences to the first arm are compared seed by seed: mean and a 95% t-interval. MaxVio is
-the load of the most used expert over the mean load, minus 1; on all of the held-out windows, mean of
-the layers. Writes bench/results/bias_balance.json, which lesson 03 of chapter 02 plots.
+DeepSeekMoE layers: 16 fine-grained experts of which a token uses 4, from 2 of 4 groups, and a
+shared one. All arms have the same sigmoid router; for each seed they start alike and see the same
+batches: differences to the first arm are compared seed by seed, mean and a 95% t-interval. MaxVio
+is the load of the most used expert over the mean load, minus 1; over all of the held-out windows,
+mean of the layers. Writes bench/results/bias_balance.json, which lesson 03 of chapter 02 plots.
 """
 
 import argparse

@@ -1128,6 +1128,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.max_violation': ( '02_moe/deepseek_moe.html#max_violation',
                                                                                           'skylar/layers/deepseek_moe.py'),
+                                            'skylar.layers.deepseek_moe.move_biases': ( '02_moe/deepseek_moe.html#move_biases',
+                                                                                        'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.sequence_balance_loss': ( '02_moe/deepseek_moe.html#sequence_balance_loss',
                                                                                                   'skylar/layers/deepseek_moe.py')},
             'skylar.layers.gqa': { 'skylar.layers.gqa.GQAConfig': ('01_gqa_rope/gqa.html#gqaconfig', 'skylar/layers/gqa.py'),

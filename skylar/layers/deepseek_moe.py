@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['group_limited_topk', 'fp32_linear', 'GroupedSigmoidRouter', 'GroupedSigmoidConfig', 'DeepSeekMoEConfig',
-           'DeepSeekMoE', 'max_violation', 'sequence_balance_loss', 'BiasBalancingConfig']
+           'DeepSeekMoE', 'max_violation', 'sequence_balance_loss', 'move_biases', 'BiasBalancingConfig']
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #f5d7afb8
 import math
@@ -29,10 +29,11 @@ def group_limited_topk(
     topk_groups: int,  # groups that a token may use
     top_k: int,  # k
 ) -> Tensor:  # (N, k) experts
-    "The k best of the best groups, by the sum of their two best (DeepSeek-AI 2024, 2.1.2)."
+    "The k best of the groups with the best two (DeepSeek-AI 2024, section 2.1.2)."
     if topk_groups < n_groups:
         groups = scores.unflatten(-1, (n_groups, scores.shape[-1] // n_groups))
-        best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)  # (N, G)
+        pair = min(2, groups.shape[-1])
+        best_two = groups.topk(pair, dim=-1).values.sum(-1)  # (N, G)
         kept = best_two.topk(topk_groups, dim=-1, sorted=False).indices
         dropped = torch.ones_like(best_two, dtype=torch.bool).scatter(-1, kept, False)
         # not 0: score + bias may be negative in every group that is kept
@@ -47,7 +48,7 @@ def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
     with off:
         return F.linear(x.float(), weight.float())
 
-
+# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #a0fdbe10
 class GroupedSigmoidRouter(nn.Module):
     "Score + bias selects the experts, the score alone weights them; always in fp32."
 
@@ -64,27 +65,26 @@ class GroupedSigmoidRouter(nn.Module):
         biased = scores.detach() + self.e_score_correction_bias
         experts = group_limited_topk(biased, c.n_groups, c.topk_groups, c.top_k)
         weights = scores.gather(-1, experts)  # (N, k), without the bias
-        if c.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return RouterOutput(logits, c.scale * weights, experts)
+        total = weights.sum(-1, keepdim=True) + 1e-20 if c.normalize else 1.0
+        return RouterOutput(logits, c.scale * (weights / total), experts)
 
     def init_weights(self, init_std: float, residual_std: float) -> None:
         nn.init.normal_(self.weight, std=init_std)
         nn.init.zeros_(self.e_score_correction_bias)
 
-    def _apply(self, fn, recurse=True):
-        "What `.to(torch.bfloat16)` calls: it moves the bias, but leaves it in fp32."
+    def _apply(self, fn, recurse=True):  # called by .to(), .half(), .cuda()
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
-        device = self.e_score_correction_bias.device
-        if self.e_score_correction_bias.dtype != torch.float32:
-            self.e_score_correction_bias = bias.to(device)
+        if (found := self.e_score_correction_bias).dtype != torch.float32:  # rounded
+            self.e_score_correction_bias = bias.to(found.device)
         return self
 
-# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #a0fdbe10
+# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #ea39f1a4
 @dataclass(frozen=True, kw_only=True)
 class GroupedSigmoidConfig:
-    "DeepSeek-V3's router (DeepSeek-AI 2024, eq. 13 to 16). `ValueError` for odd groups."
+    """DeepSeek-V3's router (DeepSeek-AI 2024, eq. 13 to 16).
+
+    `ValueError` for groups that do not fit."""
 
     n_experts: int  # E
     top_k: int  # k experts a token
@@ -98,7 +98,8 @@ class GroupedSigmoidConfig:
         check_int(n_experts=E, top_k=self.top_k, n_groups=G, topk_groups=M)
         check_positive(scale=self.scale)
         if E % G:
-            raise ValueError(f"n_groups={G} does not divide n_experts={E}; give a divisor")
+            raise ValueError(
+                f"n_groups={G} does not divide n_experts={E}; give a divisor")
         if M > G:
             raise ValueError(f"topk_groups={M} of n_groups={G}: lower topk_groups")
         if self.top_k > M * E // G:
@@ -135,7 +136,7 @@ class DeepSeekMoEConfig:
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #094ceb8a
 class DeepSeekMoE(nn.Module):
-    "k of E experts and the shared ones; returns the output and what the router decided."
+    "k of E experts and the shared ones; returns output and what the router decided."
 
     def __init__(self, config: DeepSeekMoEConfig, d_model: int):
         super().__init__()
@@ -160,10 +161,10 @@ class DeepSeekMoE(nn.Module):
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #ec339ffc
 def max_violation(counts: Tensor) -> Tensor:  # (..., E) -> (...)
-    "By how much the most used expert exceeds the mean load, relative to it; 0: balanced."
+    "Load of the most used expert over the mean load, minus 1; 0: balanced."
     return counts.amax(-1) / counts.mean(-1) - 1
 
-# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #c488a022
+
 def sequence_balance_loss(
     routed: RouterOutput,  # of B sequences of T tokens
     batch_size: int,  # B
@@ -177,9 +178,24 @@ def sequence_balance_loss(
     return (f * P).sum(-1).mean()
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #9a6bc473
+@torch.no_grad()
+def move_biases(
+    config: "BiasBalancingConfig", model: nn.Module,
+    counts: Tensor,  # (L, E) of all micro-batches and ranks
+    keep: Tensor,  # () false: the step was skipped
+) -> None:
+    "b += rate * sign(mean count - count), for every router, in order of depth."
+    routers = [m for m in model.modules() if isinstance(m, GroupedSigmoidRouter)]
+    for router, c in zip(routers, counts, strict=True):
+        move = config.rate * (c.mean() - c).sign()
+        if config.centered:
+            move = move - move.mean()
+        router.e_score_correction_bias.add_(move.where(keep, 0.0))
+
+# %% ../../nbs/02_moe/03_deepseek_moe.ipynb #d44c3950
 @dataclass(frozen=True, kw_only=True)
 class BiasBalancingConfig:
-    """Balancing by the routers' biases (Wang et al. 2024, algorithm 1), and a small loss
+    """Balancing by the routers' biases (Wang et al. 2024, algorithm 1), and a loss
     within sequences; what `DecoderConfig.auxiliary` may be."""
 
     rate: float = 0.001  # by which a bias moves each step; 0: it stays
@@ -194,18 +210,13 @@ class BiasBalancingConfig:
     def __call__(self, extras: list, batch: dict) -> AuxiliaryOutput:
         routed = [extra for extra in extras if isinstance(extra, RouterOutput)]
         counts = torch.stack([expert_counts(one).detach() for one in routed])  # (L, E)
-        loss = sum(sequence_balance_loss(one, len(batch["input_ids"])) for one in routed
-                   ) if self.sequence else 0.0
-        worst = max_violation(counts).mean()
-        return AuxiliaryOutput(loss=self.sequence * loss, sums={"expert_counts": counts},
-                               metrics={"max_violation": (worst, 1)})
+        loss, B = 0.0, len(batch["input_ids"])
+        if self.sequence:
+            loss = self.sequence * sum(sequence_balance_loss(one, B) for one in routed)
+        return AuxiliaryOutput(
+            loss=loss, sums={"expert_counts": counts},
+            metrics={"max_violation": (max_violation(counts).mean(), 1)})
 
-    @torch.no_grad()
     def after_step(self, model: nn.Module, statistics: dict, keep: Tensor) -> None:
-        "Move the biases; `statistics` are the sums of a whole step, `keep` false: do not."
-        routers = [m for m in model.modules() if isinstance(m, GroupedSigmoidRouter)]
-        for router, counts in zip(routers, statistics["expert_counts"], strict=True):
-            move = self.rate * (counts.mean() - counts).sign()
-            if self.centered:
-                move = move - move.mean()
-            router.e_score_correction_bias.add_(move.where(keep, 0.0))
+        "Move the biases by the counts of a whole step; not if `keep` is false."
+        move_biases(self, model, statistics["expert_counts"], keep)
