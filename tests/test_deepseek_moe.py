@@ -294,10 +294,11 @@ class NotFinite(NextTokenObjective):
 
 
 def trained(parallel=None, rank=0, size=1, micro=1, steps=6, bad=None, out_dir=None,
-            resume=False, auxiliary=None, **train):
+            resume=False, auxiliary=None, meta=False, **train):
     "What a run leaves: biases, counts and `keep` of its steps, weights, rows of metrics."
     torch.manual_seed(0)
-    model = CausalLM(decoder_config(auxiliary or BiasBalancingConfig(rate=0.02)))
+    with torch.device("meta" if meta else "cpu"):
+        model = CausalLM(decoder_config(auxiliary or BiasBalancingConfig(rate=0.02)))
     objective, seen = NotFinite(model), []
     objective.bad, move = bad, objective.after_step
 
@@ -401,6 +402,14 @@ def on_rank(parallel, options):
 def test_two_ranks_equal_one_process(two, alone, parallel):
     for found in two.run(on_rank, parallel, {"micro": 2}):
         assert_same_counts(found, alone)
+
+
+def test_built_on_meta_and_sharded_the_biases_start_at_zero_in_fp32(two):
+    alone = trained(meta=True)
+    assert alone["biases"].any()
+    for found in two.run(on_rank, {}, {"meta": True}):
+        assert_same_counts(found, alone)
+        assert found["biases"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("parallel", [{"strategy": "ddp"}, {}], ids=str)
