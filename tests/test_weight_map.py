@@ -97,12 +97,15 @@ def test_stacked_experts_through_files_both_ways():
     assert torch.equal(back["gate_up"], P["gate_up"])
 
 
-SMALL = dict(vocab_size=40, d_model=16, d_head=4, n_layers=3, d_ff=24, max_seq_len=8)
+SMALL = dict(vocab_size=40, d_model=16, n_layers=3, d_ff=24, max_seq_len=8)
+MORE = {"deepseek_v3": dict(first_dense=1, n_experts=4, d_expert=8, top_k=2, n_groups=2,
+                            topk_groups=1)}  # all others: d_head=4
 
 
 @pytest.mark.parametrize("family, tied", list(itertools.product(FAMILIES, [True, False])))
 def test_every_family_maps_every_parameter_once(family, tied):
-    config = get_config("test", family.name, **SMALL, tie_embeddings=tied)
+    more = MORE.get(family.name, dict(d_head=4))
+    config = get_config("test", family.name, **SMALL, **more, tie_embeddings=tied)
     model = CausalLM(config)
     parameters = state_tensors(model)
     check_weight_map(config.weight_map(), parameters)

@@ -55,7 +55,7 @@ def show(rows: list[dict], as_json: bool) -> None:
         table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*map(readable, row.values()))
-    Console(width=112, force_jupyter=False).print(table)
+    Console(width=120, force_jupyter=False).print(table)
 
 
 def readable(value) -> str:

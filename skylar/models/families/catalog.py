@@ -22,6 +22,7 @@ from ...layers.rope import YaRNScaling
 from ...layers.router import RouterLossConfig, TopKConfig, TopKLogitsConfig
 from ...layers.sliding_window import SlidingWindow
 from .arcee import ArceeConfig
+from .deepseek_v3 import DeepSeekV3Config
 from .gpt2 import GPT2Config
 from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig, ScaledConfig
@@ -34,7 +35,7 @@ from .smollm3 import SmolLM3Config
 
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
-            MixtralConfig, Qwen3MoEConfig, GptOssConfig,
+            MixtralConfig, Qwen3MoEConfig, GptOssConfig, DeepSeekV3Config,
             SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
