@@ -24,7 +24,7 @@ from skylar.models.decoder import (
 from skylar.models.families.deepseek_v3 import DeepSeekV3Config
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import PRESETS, config_from_hf, config_to_hf, get_config
-from skylar.models.weight_map import check_weight_map, stored_tensors
+from skylar.models.weight_map import check_weight_map, state_tensors
 from skylar.training.loss import NextTokenObjective
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -84,7 +84,7 @@ def rough(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     "Norms and biases, the routers' too, away from 1 and 0, so that a lost one shows."
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in stored_tensors(model).values():
+        for tensor in state_tensors(model).values():
             if tensor.ndim == 1:
                 tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
     return model.eval()
@@ -158,7 +158,7 @@ def test_the_random_configs_reach_every_corner():
 def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, seed):
     torch.manual_seed(seed)
     model = rough(CausalLM(draw(seed)), seed)
-    check_weight_map(model.config.weight_map(), stored_tensors(model))
+    check_weight_map(model.config.weight_map(), state_tensors(model))
     save_pretrained(model, tmp_path / "ours", max_shard_size=20_000 if seed % 2 else 10**9)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", output_loading_info=True, experts_implementation="eager")
@@ -167,7 +167,7 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, seed):
     theirs.eval().save_pretrained(tmp_path / "theirs")
     back = from_pretrained(tmp_path / "theirs")
     assert back.decoder_config.blocks == model.decoder_config.blocks
-    ours, again = stored_tensors(model), stored_tensors(back)
+    ours, again = state_tensors(model), state_tensors(back)
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
     ids = torch.randint(model.config.vocab_size, (2, 20))

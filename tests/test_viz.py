@@ -188,7 +188,7 @@ def test_every_method_is_shown_in_the_notebook():
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_highlighted(name, part):
     "Each name changes the drawing, unless the model does not have that part."
-    optional = ("positions", "qk_norm", "rope", "router", "experts")
+    optional = ("positions", "qk_norm", "rope", "sinks", "router", "experts")
     has = part not in optional or MODELS[name].get(part)
 
     def orange(s):

@@ -237,7 +237,7 @@ def block_matrices(model: nn.Module, per_head: bool) -> dict:
     for module in (m for stack in lists for m in stack.modules()):
         for name, p in module.named_parameters(recurse=False):
             matrix = p.ndim >= 2 and min(p.shape[-2:]) > 1 and p.requires_grad
-            bias = name.endswith("bias")  # those of experts are stacked to two dimensions
+            bias = name.endswith("bias")  # those of experts are stacked: (E, F)
             if matrix and not bias and not isinstance(module, nn.Embedding):
                 found.setdefault(p, None)
         for name in ("q_proj", "k_proj", "v_proj") if per_head else ():
@@ -302,7 +302,8 @@ class MuonConfig:
         return muon_and_adamw(self, matrices, *others)
 
 # %% ../../nbs/01_gqa_rope/13_muon.ipynb #873abbe0
-def muon_and_adamw(c: MuonConfig, matrices: dict, decayed: list, rest: list) -> MuonAdamW:
+def muon_and_adamw(c: MuonConfig, matrices: dict, decayed: list,
+                   rest: list) -> MuonAdamW:
     "AdamW with weight decay for embeddings, without for norms and biases."
     common = dict(lr=c.adamw_lr, betas=tuple(c.adamw_betas), eps=c.adamw_eps)
     groups = [dict(params=decayed, weight_decay=c.adamw_weight_decay, **common),
