@@ -707,7 +707,7 @@ def _attention_panel(s: Schematic, model: Mapping, x: float, y: float, on: Calla
     text = f"softmax(q kᵀ / √Dh + mask){shared}"
     if model.get("sinks"):
         text = text.replace("(q", "([q").replace("mask)", "mask, sink])")
-    part = next((p for p in ("mask", "sinks") if on(p)), "scores")
+    part = next((p for p in ("mask", "sinks") if on(p) and model.get(p, p == "mask")), "scores")
     scores = step(at + 0.1 * bool(shared), text, part, "q", "k")
     weights = s.tensor(x - 1.05, at + 1.25, "attention weights", "B H T T", w=3.9,
                        highlight=on("weights"))

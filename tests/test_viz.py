@@ -238,7 +238,7 @@ def test_models_are_as_drawn(name):
     for part, layer in (("projections", "q_proj"), ("ffn", "up_proj")):
         biases = any(f"{layer}.bias" in n for n in parameters)
         assert biases == ("biases" in drawn[part] and "no biases" not in drawn[part])
-    grouped = "grouped" in drawn["heads"]
+    grouped = "grouped" in drawn["heads"] or "GQA" in drawn["heads"]
     assert grouped == (drawn["sizes"]["K"] < drawn["sizes"]["H"]) == hasattr(config, "n_kv_heads")
 
 
