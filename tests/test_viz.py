@@ -233,7 +233,7 @@ def test_models_are_as_drawn(name):
     assert any("q_norm" in n for n in names) == bool(drawn["qk_norm"])
     assert hasattr(config, "rope_theta") == bool(drawn["rope"])
     assert any("gate_proj" in n or "gate_up_proj" in n for n in parameters) == (
-        "SwiGLU" in drawn["ffn"])
+        "SwiGLU" in drawn["ffn"] + drawn.get("experts", ""))
     assert any(".experts." in n for n in parameters) == bool(drawn.get("experts"))
     for part, layer in (("projections", "q_proj"), ("ffn", "up_proj")):
         biases = any(f"{layer}.bias" in n for n in parameters)

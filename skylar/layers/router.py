@@ -167,7 +167,7 @@ class TopKLogitsRouter(TopKRouter):
         self.bias = nn.Parameter(torch.empty(config.n_experts))
 
     def forward(self, x: Tensor) -> RouterOutput:  # x: (N, D)
-        logits = F.linear(x, self.weight, self.bias).float()  # (N, E)
+        logits = router_logits(x, self.weight, self.bias)  # (N, E)
         chosen, experts = logits.topk(self.config.top_k, dim=-1)
         return RouterOutput(logits, chosen.softmax(-1), experts)
 

@@ -17,7 +17,7 @@ from ..layers.attention_backends import CHOICES
 from ..layers.block import BlockConfig, LayerConfig, initialize
 from ..layers.mlp import dropout_layer
 from ..layers.norm import LayerNormConfig
-from .decoder_inputs import attention_inputs, check_inputs, embed
+from .decoder_inputs import attention_inputs, check_inputs, embed_inputs
 from .decoder_inputs import first_with_equal_attention, locate, rescale
 from ..utils.checks import check_choice, check_int, check_positive
 from ..utils.checks import check_probability
@@ -107,17 +107,12 @@ class Decoder(nn.Module):
     def forward(self, input_ids, position_ids=None, document_ids=None, cache=None,
                 return_extras=False):  # True: a pair; extras are in order of depth
         check_inputs(self.config, input_ids, position_ids, document_ids, cache)
-        x = embed(self.embed_tokens, input_ids)  # (B, T, D)
-        x = rescale(x, self.config.embedding_multiplier)
         tokens = locate(input_ids, position_ids, document_ids, cache)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(tokens.queries.position_ids)
-        x, extras = self.dropout(x), []
+        x, extras = self.dropout(embed_inputs(self, input_ids, tokens)), []  # (B, T, D)
         for layer, inputs in zip(self.layers, attention_inputs(self, x, tokens, cache)):
             x = layer(x, *inputs)  # masks, rotary tables (next chapter), its cache
-            if isinstance(x, tuple):  # a layer's extras: a router's choice of experts
-                x, more = x
-                extras += more
+            x, more = x if isinstance(x, tuple) else (x, ())  # a router's choice, say
+            extras += more
         if cache is not None:  # see the KV-cache lesson
             cache.commit(input_ids.shape[1])
         x = rescale(self.norm(x), 1 / self.config.logits_scaling)  # (B, T, D)

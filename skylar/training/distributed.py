@@ -101,8 +101,8 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
         names, attention = dict(block.named_modules()), block.self_attn
         config = attention.config
         if not hasattr(attention, "k_proj"):
-            raise ValueError(f"tensor={mesh.size()}: latent attention cannot be split among "
-                             "devices yet; set tensor=1")
+            raise ValueError(f"tensor={mesh.size()}: latent attention cannot be split "
+                             "among devices yet; set tensor=1")
         heads = getattr(config, "n_kv_heads", None) or config.n_heads
         if heads % mesh.size():
             raise ValueError(f"tensor={mesh.size()} does not divide the {heads} "
@@ -201,8 +201,7 @@ class ParallelConfig:
     strategy: Literal["fsdp", "ddp"] = "fsdp"  # shard the model, or copy it
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
-    # fsdp: free a block's weights after its forward pass (ZeRO-3); null: if those of all
-    # blocks are above 256 MB
+    # fsdp: free a block's weights after forward (ZeRO-3); null: if all take over 256 MB
     reshard: bool | None = None
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice

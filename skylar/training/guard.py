@@ -305,8 +305,7 @@ class Guard:
                params: list[nn.Parameter]) -> Tensor:
         "Whether this step moves the weights, as a tensor; the gradients are those of `params`."
         finite = everyone(finite, self.ranks)
-        spike, median = self.spikes.add(
-            loss, finite, lambda spike: ~everyone(~spike, self.ranks))
+        spike, median = self.spikes.add(loss, finite, lambda s: ~everyone(~s, self.ranks))
         keep = finite & ~spike
         self.counter.add(finite)
         graded = [p for p in params if p.grad is not None]
