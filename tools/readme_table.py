@@ -91,7 +91,8 @@ def lessons() -> str:
 
 # --- benchmarks: each function yields [what, Skylar, the other side, ratio, target] ---
 
-PEERS = {"gpt2": "transformers' GPT-2", "qwen3": "transformers' Qwen3"}
+PEERS = {"gpt2": "transformers' GPT-2", "qwen3": "transformers' Qwen3",
+         "mixtral": "transformers' Mixtral"}
 
 
 def grid_name(case: str, layers: int) -> str:
@@ -115,6 +116,8 @@ def training_rows(family: str) -> Iterator[list[str]]:
         other = f"{row.get('transformers_tokens_per_s', 0):,} tokens/s ({PEERS[family]})"
         if row["mode"] == "packed":
             other = f"{row['unpacked_tokens_per_s']:,} tokens/s (ours, one document a sequence)"
+        if row["mode"] == "dense":
+            other = f"{row['dense_tokens_per_s']:,} tokens/s (dense, equal active parameters)"
         yield [f"training step, {what}, {how}", f"{row['skylar_tokens_per_s']:,} tokens/s",
                other, f"{row['ratio']:.2f}x", target]
     if grid:
@@ -255,6 +258,7 @@ def tokenize_rows() -> Iterator[list[str]]:
 SOURCES = {  # what is measured, its script -> its rows
     ("training step, qwen3", "train_step.py"): lambda: training_rows("qwen3"),
     ("training step, gpt2", "train_step.py"): lambda: training_rows("gpt2"),
+    ("training step, mixtral", "train_step.py"): lambda: training_rows("mixtral"),
     ("decoding and reading prompts", "decode.py"): decode_rows,
     ("tiled attention on a CPU", "attention.py"): attention_rows,
     ("training on a GPU", "gpu.sh"): gpu_rows,
