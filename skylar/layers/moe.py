@@ -321,7 +321,7 @@ from ..utils.checks import check_positive
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #80ef6067
 class ClampedExperts(Experts):
-    "`Experts` with biases and a clamped SwiGLU; gate and up take turns."
+    "`Experts` with biases and a clamped SwiGLU; gate and up are interleaved."
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int,
                  alpha: float, limit: float):
