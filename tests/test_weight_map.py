@@ -113,7 +113,7 @@ def test_every_family_maps_every_parameter_once(family, tied):
     names = [mapping.name for mapping in config.weight_map()]
     assert len(set(names)) == len(names)
     if family is GptOssConfig:  # whose files have experts stacked, as we do, but transposed
-        assert names == list(parameters)
+        assert len(names) == len(parameters)
     elif any(".experts." in name for name in parameters):  # files have them one by one
         assert len(names) > len(parameters)
     elif family is not GPT2Config:
