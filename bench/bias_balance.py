@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, record
+from common import ROOT, commit, record
 from small_decoders import LENGTH, LR, decoder, held_out_bits, plays, windows_of
 
 from skylar.layers.auxiliary import AuxiliaryOutput
@@ -132,7 +132,7 @@ def train(name: str, seed: int, steps: int) -> dict:
 def row(name: str, runs: list[dict], base: list[float] | None) -> dict:
     """A row of the file; `base`: bits per byte of the arm that it is compared with."""
     bits = [round(r["bits"], 4) for r in runs]
-    found = {"arm": name, "bits_per_byte": bits,
+    found = {"arm": name, "commit": commit(), "bits_per_byte": bits,
              "max_violation": [round(r["violation"], 3) for r in runs],
              "largest_bias": [round(r["largest_bias"], 3) for r in runs],
              "history": [[round(v, 3) for v in r["history"]] for r in runs]}
