@@ -48,9 +48,11 @@ MODELS = {  # what the drawings say; "" is a part that a model does not have
         router="top k, softmax", experts="clamped\nSwiGLU", head="LM head, untied",
         sizes=dict(V=201_088, D=2_880, L=24, H=64, K=8, Dh=64, F=2_880, E=32, k=4)),
 }
+
+# %% ../../nbs/library/model_drawings.ipynb #282d82be
 _MLA = dict(
-    positions="", norm="RMSNorm", projections="q, k, v from latents", latents="norms on latents",
-    qk_norm="", rope="RoPE on a part, YaRN", heads="multi-head latent attention",
+    positions="", norm="RMSNorm", projections="q, k, v from latents",
+    latents="normalized latents", qk_norm="", rope="RoPE on a part, YaRN", heads="multi-head latent attention",
     experts="SwiGLU", shared="shared\nSwiGLU\nexpert", head="LM head, untied")
 MODELS |= {
     "deepseek_v3": _MLA | dict(
@@ -74,7 +76,7 @@ _LEGEND = dict(B="batch", T="positions", V="vocabulary", D="model width", L="blo
                Rq="latent of queries", R="latent of keys and values",
                F="feed-forward width", E="experts", k="experts a token")
 
-# %% ../../nbs/library/model_drawings.ipynb #282d82be
+# %% ../../nbs/library/model_drawings.ipynb #88e32e18
 def _column(
     s: Schematic, x: float, y: float,  # the center of the lowest node
     rows: Sequence[tuple[str, str, str]],  # (part, text, shape of what leaves it)
@@ -126,7 +128,7 @@ def _frame_block(s: Schematic, nodes: Mapping[str, Node], caption: str) -> None:
     side = min(n.x0 for n in block) - 0.3
     s.frame([*block, _point(side, block[0].y)], caption)
 
-
+# %% ../../nbs/library/model_drawings.ipynb #4c873e3b
 def _point(x: float, y: float) -> Node:
     return Node(x, y, x, y, x, y)
 
@@ -296,9 +298,10 @@ def _write_legend(s: Schematic, x: float, y: float, sizes: Mapping) -> None:
     names = {key: what for key, what in _LEGEND.items() if key in sizes or key in "BT"}
     if sizes.get("K") == sizes["H"]:
         del names["K"]
+    step = 0.4 if len(names) > 12 else 0.42
     for n, (key, what) in enumerate(names.items()):
         size = f": {sizes[key]:,}" if key in sizes else ""
-        s.text(x, y - (0.4 if len(names) > 12 else 0.42) * n, f"{key}   {what}{size}", align="left")
+        s.text(x, y - step * n, f"{key}   {what}{size}", align="left")
 
 
 def _model(name: str) -> Mapping:
