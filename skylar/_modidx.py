@@ -1129,8 +1129,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.DeepSeekMoEConfig.flops': ( '02_moe/deepseek_moe.html#deepseekmoeconfig.flops',
                                                                                                     'skylar/layers/deepseek_moe.py'),
-                                            'skylar.layers.deepseek_moe.DeepSeekMoEConfig.idle_parameters': ( '02_moe/deepseek_moe.html#deepseekmoeconfig.idle_parameters',
-                                                                                                              'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.GroupedSigmoidConfig': ( '02_moe/deepseek_moe.html#groupedsigmoidconfig',
                                                                                                  'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.GroupedSigmoidConfig.__post_init__': ( '02_moe/deepseek_moe.html#groupedsigmoidconfig.__post_init__',
