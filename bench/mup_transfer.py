@@ -3,6 +3,8 @@
     python bench/mup_transfer.py adamw     # widths 32 to 256: standard and muP
     python bench/mup_transfer.py muon      # widths 32 to 256: the same, and Muon's other scale
     python bench/mup_transfer.py depth     # 2 to 16 blocks: standard, muP and CompleteP
+    python bench/mup_transfer.py adamw --family mixtral      # a router and 8 experts, 2 a token
+    python bench/mup_transfer.py adamw --family deepseek_v3  # latents, shared and routed experts
     python bench/mup_transfer.py adamw --seeds 2 --steps 20 --sizes 32 64 --dry   # a look
 
 Llama-shaped decoders over the characters of Shakespeare's plays: heads of width 16, tied
@@ -16,6 +18,10 @@ The optimum of a seed is the vertex of the parabola through the three rates arou
 Its shift against the smallest size is compared seed by seed: mean and a 95% t-interval, in
 doublings. Writes bench/results/mup_transfer_NAME.json after every row; a run that is stopped goes
 on. Lesson 14 of chapter 01 plots the files.
+
+Other families have the same heads and the loss that they are trained with, balancing included; all
+of their widths (of experts, of latents) grow with that of the model, the number of experts does
+not. Their files are mup_transfer_NAME_FAMILY.json.
 """
 
 import argparse
@@ -26,10 +32,13 @@ import time
 
 import torch
 from common import ROOT, write
-from small_decoders import held_out_bits, nats, plays, windows_of
+from small_decoders import held_out_bits, plays, windows_of
 
 from skylar.models.decoder import CausalLM
+from skylar.models.families.deepseek_v3 import DeepSeekV3Config
 from skylar.models.families.llama3 import Llama3Config
+from skylar.models.families.mixtral import MixtralConfig
+from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
 from skylar.training.mup import MupConfig
 from skylar.training.optim import AdamWConfig
@@ -62,13 +71,36 @@ ARMS = {  # name -> sizes, arms: optimizer and parameterization
 }
 
 
-def config(vocab_size: int, width: int, depth: int, mup: MupConfig):
+def llama3(width: int) -> dict:
+    return dict(d_ff=2 * width, n_kv_heads=width // D_HEAD)
+
+
+def mixtral(width: int) -> dict:
+    """As many active parameters as the dense model's."""
+    return dict(d_ff=width, n_experts=8, top_k=2, n_kv_heads=width // D_HEAD, d_head=D_HEAD,
+                balance_loss=0.01)
+
+
+def deepseek_v3(width: int) -> dict:
+    """A dense layer, then a sparse one; heads of 16 + 8 numbers."""
+    return dict(d_ff=2 * width, first_dense=1, d_expert=width // 2, n_experts=8, top_k=2,
+                n_groups=2, topk_groups=1, routed_scale=1.0, q_lora_rank=3 * width // 4,
+                kv_lora_rank=width // 2, qk_nope_head_dim=D_HEAD, qk_rope_head_dim=D_HEAD // 2,
+                v_head_dim=D_HEAD, rope_scaling=None, bias_rate=0.01)
+
+
+FAMILIES = {"llama3": (Llama3Config, llama3), "mixtral": (MixtralConfig, mixtral),
+            "deepseek_v3": (DeepSeekV3Config, deepseek_v3)}
+
+
+def config(vocab_size: int, width: int, depth: int, mup: MupConfig, family: str = "llama3"):
     """The model of one size; all matrices start at STD times sqrt(WIDTH / width), or by muP."""
-    std = STD if mup != MupConfig() else STD * math.sqrt(WIDTH / width)
-    heads = width // D_HEAD
-    return mup.model(Llama3Config(
-        vocab_size=vocab_size, d_model=width, n_heads=heads, n_kv_heads=heads, n_layers=depth,
-        d_ff=2 * width, max_seq_len=LENGTH, tie_embeddings=True, init_std=std))
+    std, (kind, sizes) = STD, FAMILIES[family]
+    if mup == MupConfig():
+        std = STD * math.sqrt(WIDTH / width)
+    return mup.model(kind(
+        vocab_size=vocab_size, d_model=width, n_heads=width // D_HEAD, n_layers=depth,
+        max_seq_len=LENGTH, tie_embeddings=True, init_std=std, **sizes(width)))
 
 
 def train(config, optimizer, seed: int, steps: int) -> float:
@@ -76,18 +108,21 @@ def train(config, optimizer, seed: int, steps: int) -> float:
     ids, *_ = plays()
     torch.manual_seed(seed)
     model, generator = CausalLM(config).train(), torch.Generator().manual_seed(seed)
-    built = optimizer.build(model)
+    objective, built = NextTokenObjective(model), optimizer.build(model)
     peaks = [group["lr"] for group in built.param_groups]
     for step in range(steps):
         factor = min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1)
         for group, peak in zip(built.param_groups, peaks):
             group["lr"] = peak * factor
         starts = torch.randint(len(ids) - LENGTH - 1, (BATCH,), generator=generator)
+        windows = windows_of(ids, starts)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = nats(model, windows_of(ids, starts))
-        loss.backward()
+            out = objective({"input_ids": windows[:, :-1], "labels": windows[:, 1:]})
+        (out.loss_sum / out.n_valid).backward()
         built.step()
         built.zero_grad()
+        if out.sums:  # expert counts, by which the routers' biases move
+            objective.after_step(out.sums, torch.tensor(True))
     with torch.autocast("cpu", torch.bfloat16):
         bits = held_out_bits(model.eval(), 512)
     return bits if math.isfinite(bits) else 99.0
@@ -118,7 +153,7 @@ def one_size(name, arm, size, start, args) -> dict:
     """A row: all rates and seeds of one size."""
     optimizer, mup = ARMS[name][1][arm]
     width, depth = (size, DEPTH) if name != "depth" else (WIDTH, size)
-    cfg = config(plays()[2], width, depth, mup)
+    cfg = config(plays()[2], width, depth, mup, args.family)
 
     def run(k, seed):
         return train(cfg, mup.optimizer(optimizer(k)), seed, args.steps)
@@ -142,6 +177,7 @@ def add_shifts(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=ARMS)
+    parser.add_argument("--family", choices=FAMILIES, default="llama3")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sizes", type=int, nargs="+")
@@ -150,7 +186,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes, arms = ARMS[args.name]
-    sizes, file = args.sizes or sizes, ROOT / "bench" / "results" / f"mup_transfer_{args.name}.json"
+    family = "" if args.family == "llama3" else f"_{args.family}"
+    name, command = f"mup_transfer_{args.name}{family}", f"python bench/mup_transfer.py {args.name}"
+    sizes, file = args.sizes or sizes, ROOT / "bench" / "results" / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() and not args.dry else []
     begin = time.perf_counter()
     for size in sizes:
@@ -162,9 +200,9 @@ def main() -> None:
             add_shifts(rows)
             print(rows[-1], f"{time.perf_counter() - begin:.0f} s", flush=True)
             if not args.dry:
-                write(f"mup_transfer_{args.name}", rows, seeds=args.seeds, steps=args.steps,
+                write(name, rows, seeds=args.seeds, steps=args.steps,
                       base_width=WIDTH, base_depth=DEPTH, batch=f"{BATCH} x {LENGTH} characters",
-                      command=f"python bench/mup_transfer.py {args.name}")
+                      command=command + (f" --family {args.family}" if family else ""))
 
 
 if __name__ == "__main__":

@@ -97,6 +97,16 @@ def test_layer_and_gradients_equal_transformers(seed):
         torch.testing.assert_close(p.grad, wanted[name].grad, msg=name)
 
 
+def test_the_random_configs_reach_every_corner():
+    drawn = [random_config(random.Random(seed)) for seed in range(24)]
+    routers = [config.router for config in drawn]
+    for found in ({c.n_shared == 0 for c in drawn}, {r.n_groups == 1 for r in routers},
+                  {r.top_k == r.n_experts for r in routers}, {r.top_k == 1 for r in routers},
+                  {1 < r.topk_groups < r.n_groups for r in routers},
+                  {r.normalize for r in routers}):
+        assert found == {True, False}
+
+
 def test_deepseek_v2_lite_is_the_same_layer_with_a_softmax_router():
     modeling = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")
     from transformers import DeepseekV2Config

@@ -309,6 +309,30 @@ def test_files_both_ways(tmp_path, seed):
     assert ours.tolist() == other.tolist()
 
 
+def test_the_random_configs_reach_every_corner():
+    drawn = [draw(seed) for seed in range(18)]
+    for found in ({c.top_k == c.n_experts > 1 for c in drawn}, {c.n_experts == 1 for c in drawn},
+                  {c.top_k == 1 < c.n_experts for c in drawn}, {c.tie_embeddings for c in drawn},
+                  {c.bias for c in drawn}, {c.layer_types is None for c in drawn},
+                  {c.n_kv_heads == 1 for c in drawn}, {c.rope_scaling is None for c in drawn}):
+        assert found == {True, False}
+
+
+@pytest.mark.parametrize("k, n", [(1, 5), (5, 5), (2, 5), (1, 1)])
+def test_the_router_alone(k, n):
+    "The same numbers in: the same logits, weights and experts out, bit for bit."
+    torch.manual_seed(0)
+    theirs = transformers.models.gpt_oss.modeling_gpt_oss.GptOssTopKRouter(
+        transformers.GptOssConfig(hidden_size=12, num_local_experts=n, num_experts_per_tok=k))
+    ours = TopKLogitsConfig(n_experts=n, top_k=k).build(12)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(40, 12)
+    assert all(map(torch.equal, ours(x), theirs(x)))
+
+
 def test_a_model_that_transformers_made_with_its_own_defaults(tmp_path):
     torch.manual_seed(0)
     theirs = transformers.GptOssForCausalLM(transformers.GptOssConfig(

@@ -328,6 +328,23 @@ def test_the_stored_sweeps_show_what_the_lesson_says(name, n_wider):
         assert min(ks) <= row["best"] - 2 and max(ks) >= row["best"] + 2
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_the_best_rate_of_sparse_families_transfers(family):
+    "The smallest model's rate on the widest: near the best of that under muP, and only there."
+    rows = json.loads((RESULTS / f"mup_transfer_adamw_{family}.json").read_text())["rows"]
+    regret = {}
+    for arm in ("standard", "muP"):
+        base, *wider = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["size"])
+        widest, own = wider[-1], str(base["best"])
+        means = {k: sum(bits) / len(bits) for k, bits in widest["bits_per_byte"].items()}
+        regret[arm] = means.get(own, math.inf) - min(means.values())
+        if arm == "standard":
+            assert widest["shift"] + widest["interval"] < -1
+        else:
+            assert len(wider) >= 2 and all(abs(r["shift"]) < 0.7 for r in wider)
+    assert regret["muP"] < 0.05 < regret["standard"], regret
+
+
 # --- runs ---
 
 BASE = MupConfig(base_d_model=8, base_n_layers=1)

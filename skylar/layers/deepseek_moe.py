@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .auxiliary import AuxiliaryOutput
 from .block import LayerConfig
 from .mlp import SwiGLU, SwiGLUConfig
-from .moe import Experts
+from .moe import Experts, MoEConfig
 from .router import RouterOutput, expert_counts, router_logits
+from .router import token_weights
 from ..utils.checks import check_int, check_positive
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #8fab4c78
@@ -120,9 +121,7 @@ class DeepSeekMoEConfig:
         used = self.router.top_k + self.n_shared
         return 2 * d_model * (self.router.n_experts + used * 3 * self.d_ff)
 
-    def idle_parameters(self, d_model: int) -> int:
-        "Parameters that a token does not use: those of E - k experts."
-        return 3 * d_model * self.d_ff * (self.router.n_experts - self.router.top_k)
+    idle_parameters = MoEConfig.idle_parameters  # shared experts are never idle
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #094ceb8a
 class DeepSeekMoE(nn.Module):
@@ -158,13 +157,16 @@ def max_violation(counts: Tensor) -> Tensor:  # (..., E) -> (...)
 def sequence_balance_loss(
     routed: RouterOutput,  # of B sequences of T tokens
     batch_size: int,  # B
+    mask: Tensor | None = None,  # (B, T) 0 where there is padding
 ) -> Tensor:  # () mean over the sequences; 1 if all are balanced
     "Shares of the top k, times mean scores (DeepSeek-AI 2024, eq. 17 to 20)."
     scores = routed.logits.sigmoid().unflatten(0, (batch_size, -1))  # (B, T, E)
     E, k = scores.shape[-1], routed.experts.shape[-1]
     top = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1.0)
-    f = E / k * top.mean(1)  # (B, E); of the scores, without bias and groups
-    P = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    w = token_weights(routed, mask).view(batch_size, -1, 1)
+    w = w / w.sum(1, keepdim=True).clamp(min=1)  # 1 / T for each token
+    f = E / k * (w * top).sum(1)  # (B, E); of the scores, without bias and groups
+    P = (w * scores / scores.sum(-1, keepdim=True)).sum(1)
     return (f * P).sum(-1).mean()
 
 # %% ../../nbs/02_moe/03_deepseek_moe.ipynb #9a6bc473
@@ -203,7 +205,8 @@ class BiasBalancingConfig:
         counts = torch.stack([expert_counts(one, mask) for one in routed])  # (L, E)
         loss, B = 0.0, len(batch["input_ids"])
         if self.sequence:
-            loss = self.sequence * sum(sequence_balance_loss(one, B) for one in routed)
+            losses = [sequence_balance_loss(one, B, mask) for one in routed]
+            loss = self.sequence * sum(losses)
         return AuxiliaryOutput(
             loss=loss, sums={"expert_counts": counts},
             metrics={"max_violation": (max_violation(counts).mean(), 1)})

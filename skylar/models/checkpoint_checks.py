@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .decoder import CausalLM
 from .presets import config_from_hf, config_to_dict
+from .quantized_files import STORED, QuantizedTensor, whole_tensors
 from .weight_map import TensorMapping
 from ..utils.files import read_json, safe_join, sha256_file
 
@@ -94,20 +95,24 @@ def open_safetensors(file: Path):
         raise ValueError(f"{file} is damaged or no safetensors file: {error}") from None
 
 
-def tensor_headers(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, tuple]:
-    "{name: (file, shape, dtype)} of every tensor, from the headers alone."
-    found = {}
+def tensor_headers(folder: Path, ignored: tuple[str, ...] = (),
+                   quantization: dict | None = None) -> dict[str, tuple]:
+    """{name: (file, shape, dtype)} of every tensor, from the headers alone.
+
+    With a `quantization_config`, numbers and scales of a tensor have one row, and a
+    `QuantizedTensor` is in the place of the file."""
+    found, dtypes = {}, DTYPES | (STORED if quantization else {})
     for file in weight_files(folder):
         with open_safetensors(file) as tensors:
             for name in tensors.keys():
                 if name.endswith(ignored):  # masks and tables of older versions: no weights
                     continue
                 part = tensors.get_slice(name)
-                if part.get_dtype() not in DTYPES:
+                if part.get_dtype() not in dtypes:
                     raise ValueError(f"{file}: {name} is stored as {part.get_dtype()}; "
                                      "give a checkpoint in float32, bfloat16 or float16")
-                found[name] = file, tuple(part.get_shape()), DTYPES[part.get_dtype()]
-    return found
+                found[name] = file, tuple(part.get_shape()), dtypes[part.get_dtype()]
+    return whole_tensors(found, quantization) if quantization else found
 
 # %% ../../nbs/library/checkpoint_checks.ipynb #4cccd58a
 def _listed(names: Iterable[str]) -> str:
@@ -148,10 +153,8 @@ def check_tied(found: dict, names: dict[TensorMapping, str], where: Path) -> Non
     "An LM head in the file beside tied embeddings must be the same numbers."
     if "lm_head.weight" in set(found) - set(names.values()):
         body = names[_embedding(list(names))]
-        one, other = found[body][0], found["lm_head.weight"][0]
-        with open_safetensors(one) as ours, open_safetensors(other) as head:
-            same = torch.equal(ours.get_tensor(body), head.get_tensor("lm_head.weight"))
-        if not same:
+        read, head = Checksums().read, "lm_head.weight"
+        if not torch.equal(read(found[body][0], body), read(found[head][0], head)):
             raise ValueError(f"{where} has an lm_head unlike its embeddings, but config.json "
                              "ties them; set tie_word_embeddings to false")
 
@@ -206,8 +209,10 @@ class Checksums:
     def __init__(self):
         self.sums = {}  # (file, what it must be) -> SHA-256 so far
 
-    def read(self, file: Path, name: str) -> Tensor:
+    def read(self, file: Path | QuantizedTensor, name: str) -> Tensor:
         "A tensor, through a memory map of its own, which is let go at once."
+        if isinstance(file, QuantizedTensor):
+            return file.read(self.read)
         with open_safetensors(file) as tensors:
             tensor = tensors.get_tensor(name)
             wanted = (tensors.metadata() or {}).get("sha256")

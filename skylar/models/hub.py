@@ -155,13 +155,15 @@ def from_pretrained(
 ) -> CausalLM:  # in evaluation mode
     """Open a checkpoint of any family, exactly, or say why not.
 
-    All is checked before a weight is read. Needs memory for the model and its largest
+    All is checked before a weight is read; what is in MXFP4 or fp8 blocks becomes plain
+    weights. Needs memory for the model and its largest
     tensor. `ValueError` for what Skylar cannot build or a damaged file, `FileNotFoundError`
     for what is missing, `OSError` when the hub does not answer. Runs nobody's code.
     """
     folder = model_folder(model, ["*.json", "model*.safetensors", "*.jinja"])
     hf, config = open_config(folder)
-    found = tensor_headers(folder, getattr(config, "hf_ignored", (".rotary_emb.inv_freq",)))
+    ignored = getattr(config, "hf_ignored", (".rotary_emb.inv_freq",))
+    found = tensor_headers(folder, ignored, hf.get("quantization_config"))
     check_sizes(config, found, folder)
     built = build_on_meta(config, folder)
     _load_weights(built, found, folder, dtype or _stored_dtype(hf), device)

@@ -123,6 +123,9 @@ def _from_plain(value: Any) -> Any:
     return config_from_dict(value) if isinstance(value, dict) and "type" in value else value
 
 # %% ../../nbs/library/weight_map.ipynb #c030
+from .quantized_files import check_quantization
+
+
 def needs_skylar(config: Any) -> bool:
     "Whether no class of transformers is equal to this model, so that only Skylar opens it."
     return not hasattr(config, "to_hf") or config.to_hf() is None
@@ -175,8 +178,7 @@ def config_from_hf(
         raise ValueError(f"model_type={model_type!r} is not one that Skylar builds: "
                          + ", ".join(families))
     if found := hf.get("quantization_config"):
-        raise ValueError(f"quantization_config={found}: the weights are quantized; "
-                         "give a checkpoint in float32, bfloat16 or float16")
+        check_quantization(found)
     try:
         if model_type == SkylarConfig.hf_model_type:
             return _whole_model(config_from_dict(hf.get("model")))
