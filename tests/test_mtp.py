@@ -1,4 +1,4 @@
-"""Multi-token prediction: modules, labels, loss, runs, files and drafts; by loops, by transformers."""
+"""Multi-token prediction: modules, labels, loss, runs, files, drafts; by loops and transformers."""
 
 import json
 import os
