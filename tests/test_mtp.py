@@ -430,7 +430,7 @@ def open_theirs(folder):
     theirs.set_experts_implementation("eager")
     first = theirs.config.num_hidden_layers
     pattern = "|".join(str(first + k) for k in range(theirs.config.num_mtp_layers))
-    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.(?:{pattern})\..*"]
+    theirs._keys_to_ignore_on_load_unexpected = {rf"model\.layers\.(?:{pattern})\..*"}
     return theirs
 
 
