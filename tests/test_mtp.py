@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from skylar.layers.cache import KVCache
@@ -29,11 +30,12 @@ from skylar.models.mtp import (
 )
 from skylar.models.weight_map import state_tensors
 from skylar.training.checkpoint import load_weights
-from skylar.training.distributed import ParallelConfig
+from skylar.training.distributed import ParallelConfig, blocks_of
 from skylar.training.loss import MTPObjective, NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.lesson import Workers
+from skylar.utils.recompute import Recomputed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 V = 64
@@ -90,7 +92,7 @@ def test_every_slot_by_itself_gives_the_same(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_change_the_future_and_the_past_does_not_notice(name):
+def test_a_later_token_changes_no_earlier_slot(name):
     model, mtp = built(FAMILIES[name], depth=2)
     ids = ids_of()
     other = ids.clone()
@@ -363,6 +365,13 @@ def test_recomputed_activations_change_nothing(alone):
     assert_same(trained(config, {"recompute": True}), run, exact=True)
 
 
+def test_recomputation_reaches_the_blocks_of_modules():
+    objective = MTPObjective(CausalLM(DENSE), MTPConfig(depth=2))
+    assert len(blocks_of(objective)) == 4
+    ParallelConfig(recompute=True).apply(objective, torch.device("cpu"), seed=0)
+    assert all(isinstance(block, Recomputed) for block in blocks_of(objective))
+
+
 def test_resumed_bit_for_bit(alone, tmp_path):
     config, run = alone
     trained(config, steps=3, out_dir=tmp_path / "run", save_every=3)
@@ -515,13 +524,12 @@ def test_names_are_those_of_the_published_files(tmp_path):
 def test_copies_of_embedding_and_head_in_published_files_are_passed_over(tmp_path):
     model, mtp = built(SPARSE)
     folder = save_with_mtp(model, mtp, tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.2.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder, {"model.layers.2.embed_tokens.weight": model.model.embed_tokens.weight.clone(),
+                    "model.layers.2.shared_head.head.weight": model.lm_head.weight.clone()})
     _, found = load_with_mtp(folder)
-    for key, tensor in found.state_dict().items():
-        assert torch.equal(tensor, mtp.state_dict()[key]), key
+    assert_same({"state": found.state_dict()}, {"state": mtp.state_dict()}, exact=True)
+    assert_same({"state": from_pretrained(folder).state_dict()}, {"state": model.state_dict()},
+                exact=True)
 
 
 def test_what_cannot_be_saved_or_opened_is_said_in_one_line(tmp_path):
@@ -541,8 +549,54 @@ def test_what_cannot_be_saved_or_opened_is_said_in_one_line(tmp_path):
     from_pretrained(folder)  # saved without modules it opens as before
 
 
+def change(folder, tensors=(), **config):
+    "Other tensors and values in a folder that was saved."
+    hf = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(hf | config))
+    if tensors:
+        held = load_file(folder / "model.safetensors") | dict(tensors)
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("limit", [20_000, 10**9])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_a_folder_with_modules_opens_as_the_plain_model(tmp_path, caplog, name, limit):
+    model, mtp = built(FAMILIES[name], depth=2)
+    found = from_pretrained(save_with_mtp(model, mtp, tmp_path / "model", max_shard_size=limit))
+    assert_same({"state": found.state_dict()}, {"state": model.state_dict()}, exact=True)
+    (line,) = caplog.messages
+    assert "tensors of layers for multi-token prediction are left out" in line
+    assert "\n" not in line and str(tmp_path / "model") in line
+    caplog.clear()
+    from_pretrained(save_pretrained(model, tmp_path / "plain"))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("config, names", [
+    ({"num_nextn_predict_layers": 0}, []), ({"num_nextn_predict_layers": None}, []),
+    ({"num_nextn_predict_layers": "1"}, []), ({}, ["model.layers.3.enorm.weight"]),
+    ({}, ["model.mtp.enorm.weight"]), ({}, ["model.layers.1.enorm.weight"])], ids=str)
+def test_any_other_tensor_too_many_is_an_error(tmp_path, config, names):
+    folder = save_with_mtp(*built(SPARSE), tmp_path / "model")
+    change(folder, {name: torch.ones(16) for name in names}, **config)
+    with pytest.raises(ValueError, match="holds .* for which config.json has no place"):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize("opened", [from_pretrained, load_with_mtp])
+def test_a_flipped_bit_in_a_module_is_found(tmp_path, opened):
+    folder = save_with_mtp(*built(SPARSE), tmp_path / "model")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names, notes = file.keys(), file.metadata()
+        tensors = {name: file.get_tensor(name) for name in names}
+    tensors["model.layers.2.eh_proj.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors", metadata=notes)
+    with pytest.raises(ValueError, match="damaged"):
+        opened(folder)
+
+
 def learned(depth):
-    "A model that knows one sequence by heart, with its modules."
+    "A model that has memorized one sequence, with its modules."
     torch.manual_seed(0)
     objective = MTPObjective(CausalLM(replace(SPARSE, init_std=0.1)),
                              MTPConfig(depth=depth, weight=1.0))

@@ -193,7 +193,7 @@ def mtp_weight_map(
         found += [replace(m, name=m.name.replace(last, theirs, 1),
                           parameters=tuple(p.replace(last, f"{ours}block.", 1)
                                            for p in m.parameters)) for m in block]
-    return found
+    return sorted(found, key=lambda m: m.name)  # the order of a file's checksum
 
 # %% ../../nbs/03_mla/02_mtp.ipynb #262c3c37
 @dataclass(frozen=True)
