@@ -4,6 +4,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -595,6 +596,8 @@ def test_a_flipped_bit_in_a_module_is_found(tmp_path, opened):
         opened(folder)
 
 
+@cache
+@torch.enable_grad()
 def learned(depth):
     "A model that has memorized one sequence, with its modules."
     torch.manual_seed(0)
