@@ -1,6 +1,7 @@
 """Does multi-token prediction help the next token, and how many of its drafts are accepted?
 
     python bench/mtp.py                              # all arms
+    python bench/mtp.py --arms "weight 1"            # one of them; the file keeps the others
     python bench/mtp.py --seeds 2 --steps 50 --dry   # a look; writes no file
 
 Two-layer decoders over the characters of Shakespeare's plays, as in small_decoders.py: trained on
@@ -12,10 +13,10 @@ bench/results/mtp.json.
 """
 
 import argparse
-import time
+import json
 
 import torch
-from common import record
+from common import ROOT, record
 from small_decoders import LENGTH, LR, decoder, held_out_bits, plays, windows_of
 
 from skylar.layers.gqa import GQAConfig
@@ -60,7 +61,7 @@ def accepted(objective: MTPObjective, n_windows: int = 512) -> list[float]:
 
 
 def train(name: str, seed: int, steps: int) -> dict:
-    """Held-out bits per byte of the model alone, acceptance, milliseconds a step."""
+    """Held-out bits per byte of the model alone, and acceptance."""
     ids, _, vocab_size, _ = plays()
     torch.manual_seed(seed)
     config = decoder(vocab_size, WIDTH, GQAConfig(n_heads=4, n_kv_heads=2),
@@ -70,7 +71,6 @@ def train(name: str, seed: int, steps: int) -> dict:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(objective.parameters(), LR, betas=(0.9, 0.95), fused=True)
     objective.train()
-    start = time.perf_counter()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
@@ -79,38 +79,49 @@ def train(name: str, seed: int, steps: int) -> dict:
         (out.loss_sum / out.n_valid).backward()
         optimizer.step()
         optimizer.zero_grad()
-    spent = time.perf_counter() - start
     objective.eval()
-    return {"bits": held_out_bits(model), "ms": 1e3 * spent / steps, "steps": steps,
+    return {"bits": held_out_bits(model), "steps": steps,
             "accepted": accepted(objective) if mtp else []}
 
 
-def row(name: str, runs: list[dict], first: list[dict]) -> dict:
-    bits, base = ([round(r["bits"], 4) for r in rs] for rs in (runs, first))
-    found = {"arm": name, "steps": runs[0]["steps"], "bits_per_byte": bits,
-             "ms_a_step": round(sorted(r["ms"] for r in runs)[len(runs) // 2], 1),
-             "accepted": [[round(a, 4) for a in r["accepted"]] for r in runs]}
-    if runs is not first:
-        change, interval = mean_interval([a - b for a, b in zip(bits, base)])
+def row(name: str, runs: list[dict]) -> dict:
+    return {"arm": name, "steps": runs[0]["steps"],
+            "bits_per_byte": [round(r["bits"], 4) for r in runs],
+            "accepted": [[round(a, 4) for a in r["accepted"]] for r in runs]}
+
+
+def compared(rows: list[dict]) -> list[dict]:
+    """The rows in the order of ARMS, each with its difference to the first, seed by seed."""
+    rows = sorted(rows, key=lambda r: list(ARMS).index(r["arm"]))
+    for found in rows[1:]:
+        pairs = zip(found["bits_per_byte"], rows[0]["bits_per_byte"])
+        change, interval = mean_interval([a - b for a, b in pairs])
         found |= {"change": round(change, 4), "interval": round(interval, 4)}
-    return found
+    return rows
+
+
+def rows_of_others(args) -> list[dict]:
+    """What the file holds of other arms, if they ran for as many steps and seeds."""
+    path = ROOT / "bench" / "results" / "mtp.json"
+    old = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    same = (old.get("steps"), old.get("seeds")) == (args.steps, args.seeds)
+    return [r for r in old["rows"] if same and r["arm"] not in args.arms]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runs, rows, start = {}, [], time.perf_counter()
-    for name in args.arms:
-        runs[name] = [train(name, seed, args.steps) for seed in range(args.seeds)]
-        rows.append(row(name, runs[name], runs[args.arms[0]]))
-        print(rows[-1], f"{time.perf_counter() - start:.0f} s", flush=True)
-    if not args.dry:
-        record("mtp", rows, seeds=args.seeds, steps=args.steps, tokens_a_step=BATCH * LENGTH)
+    rows = [row(name, [train(name, seed, args.steps) for seed in range(args.seeds)])
+            for name in args.arms]
+    if args.dry:
+        return print(*rows, sep="\n")
+    record("mtp", compared(rows + rows_of_others(args)), seeds=args.seeds, steps=args.steps,
+           tokens_a_step=BATCH * LENGTH)
 
 
 if __name__ == "__main__":
