@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'TEXTS', 'DTYPES', 'PICKLES', 'verify_files', 'read_optional', 'open_config', 'weight_files',
-           'open_safetensors', 'tensor_headers', 'match_names', 'check_tied', 'check_sizes', 'build_on_meta',
-           'checksum', 'Checksums']
+           'open_safetensors', 'tensor_headers', 'match_names', 'mtp_tensors', 'check_tied', 'check_sizes',
+           'build_on_meta', 'checksum', 'Checksums']
 
 # %% ../../nbs/library/checkpoint_checks.ipynb #9dcd3197
 import hashlib
+import logging
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +149,21 @@ def match_names(
 
 def _embedding(weight_map: list[TensorMapping]) -> TensorMapping:
     return next(m for m in weight_map if m.parameters == ("model.embed_tokens.weight",))
+
+# %% ../../nbs/library/checkpoint_checks.ipynb #da74eb73
+def mtp_tensors(
+    found: dict[str, tuple], hf: dict, n_layers: int, where: Path
+) -> list[str]:  # sorted
+    "Tensors of `num_nextn_predict_layers` layers after the last; logs that they are left out."
+    n = hf.get("num_nextn_predict_layers")
+    behind = range(n_layers, n_layers + n) if isinstance(n, int) else ()
+    numbers = {name: re.match(r"model\.layers\.(\d{1,9})\.", name) for name in found}
+    names = sorted(name for name, m in numbers.items() if m and int(m[1]) in behind)
+    if names:
+        logging.getLogger(__name__).warning(
+            "%s: %d tensors of layers for multi-token prediction are left out; "
+            "skylar.models.mtp.load_with_mtp opens them, too", where, len(names))
+    return names
 
 # %% ../../nbs/library/checkpoint_checks.ipynb #b6839d4b
 def check_tied(found: dict, names: dict[TensorMapping, str], where: Path) -> None:

@@ -20,8 +20,9 @@ from ..data.chat import PretrainedTokenizer, with_chat
 from ..data.tokenizer import BPETokenizer
 from .checkpoint_checks import DTYPES, MANIFEST, TEXTS, Checksums
 from .checkpoint_checks import build_on_meta, check_sizes, check_tied
-from .checkpoint_checks import checksum, match_names, open_config
-from .checkpoint_checks import read_optional, tensor_headers, verify_files
+from .checkpoint_checks import checksum, match_names, mtp_tensors
+from .checkpoint_checks import open_config, read_optional, tensor_headers
+from .checkpoint_checks import verify_files
 from .decoder import CausalLM
 from .hub_files import bundled_model, convert_gguf  # noqa: F401
 from .hub_files import model_folder
@@ -130,15 +131,19 @@ def _allocate(model: CausalLM, dtype: torch.dtype, device) -> None:
 
 
 @torch.no_grad()
-def _load_weights(model: CausalLM, found: dict, folder: Path, dtype, device) -> None:
+def _load_weights(model: CausalLM, found: dict, left_out: list[str], folder: Path,
+                  dtype, device) -> None:
     "Give a model on the meta device the weights of a folder."
     weight_map = _weight_map(model.config)
-    names = match_names(found, weight_map, state_tensors(model), folder)
-    check_tied(found, names, folder)
+    wanted = {name: found[name] for name in found.keys() - left_out}
+    names = match_names(wanted, weight_map, state_tensors(model), folder)
+    check_tied(wanted, names, folder)
     _allocate(model, dtype or found[names[weight_map[0]]][2], device)
     ours, sums = state_tensors(model), Checksums()
     for item, name in names.items():
         item.load(sums.read(found[name][0], name), ours)
+    for name in left_out:  # a file's checksum is of all that it holds
+        sums.read(found[name][0], name)
     sums.compare()
 
 # %% ../../nbs/01_gqa_rope/11_weights.ipynb #c038
@@ -166,7 +171,8 @@ def from_pretrained(
     found = tensor_headers(folder, ignored, hf.get("quantization_config"))
     check_sizes(config, found, folder)
     built = build_on_meta(config, folder)
-    _load_weights(built, found, folder, dtype or _stored_dtype(hf), device)
+    left_out = mtp_tensors(found, hf, len(built.model.layers), folder)
+    _load_weights(built, found, left_out, folder, dtype or _stored_dtype(hf), device)
     return built.eval()
 
 # %% ../../nbs/01_gqa_rope/11_weights.ipynb #c049

@@ -19,13 +19,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from ..layers.block import Block
 from ..utils.checks import check_choice, check_int
 from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
 __all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices',
-           'frees_blocks', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
+           'frees_blocks', 'blocks_of', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
@@ -125,10 +126,14 @@ def frees_blocks(config: ParallelConfig, blocks: nn.Module) -> bool:
         return config.reshard
     return sum(p.numel() * p.itemsize for p in blocks.parameters()) > KEPT
 
+def blocks_of(objective: nn.Module) -> nn.ModuleList:
+    "The model's, and those that an objective adds."
+    return nn.ModuleList(m for m in objective.modules() if isinstance(m, Block))
+
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     "FSDP2 for every block, then for the rest: embedding, last norm and head."
     share = partial(fully_shard, mesh=mesh)
-    policy, blocks = block_policy(config.gather_dtype), objective.model.model.layers
+    policy, blocks = block_policy(config.gather_dtype), blocks_of(objective)
     free = frees_blocks(config, blocks)
     for block in blocks:
         share(block, reshard_after_forward=free, mp_policy=policy)
@@ -177,7 +182,7 @@ def check_parallel(c) -> None:
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #197b72b9
 def apply_parallel(c, objective: nn.Module, device: torch.device, seed: int):
     "Share `objective` among the processes: it is changed in place and put on `device`."
-    for block in objective.model.model.layers:
+    for block in blocks_of(objective):
         if c.recompute:
             recompute(block)
         if c.compile_blocks:
