@@ -7,7 +7,7 @@ __all__ = ['TILE', 'ROOM', 'visible_pairs', 'max_attention_logits', 'clip_factor
            'queries_and_keys', 'AttentionLogits', 'TrackedLogits', 'tracked_class', 'clippable_layers', 'track_logits',
            'clip_heads', 'ClippedAuxiliary', 'QKClipConfig']
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #db9db780
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #c8d4e55a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from ..layers.rope import apply_rope
 from ..utils.checks import check_positive
 from ..utils.sharded_matrices import own_rows
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #971bc818
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #3feaab88
 TILE, ROOM = 128, 2**24  # queries at a time; scores that are in memory at a time
 
 
@@ -41,7 +41,7 @@ def visible_pairs(
     mask = mask_mod(b, b.new_zeros(()), q_idx, kv_idx)
     return (mask if mask.ndim == 3 else mask[None])[:, None]
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #22eee3d5
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #7dc8a048
 @torch.no_grad()
 def max_attention_logits(
     q: Tensor,  # (B, H, T, Dh)
@@ -65,7 +65,7 @@ def max_attention_logits(
             found = torch.maximum(found, top.float())
     return found * scale
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #de3f1853
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #80c58d3c
 def clip_factors(
     maxima: Tensor,  # (H,) largest logits
     tau: float,  # threshold, above 0
@@ -74,7 +74,7 @@ def clip_factors(
     above = (maxima > tau) & maxima.isfinite()
     return torch.where(above, tau / maxima, 1.0)
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #9de98ec4
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #63a97c11
 @torch.no_grad()
 def scale_rows(
     linear: nn.Linear,  # its weights may be sharded
@@ -89,14 +89,14 @@ def scale_rows(
 
 
 def clip_gqa(layer: GroupedQueryAttention, gamma: Tensor) -> None:  # (H,)
-    "Logits of head h times gamma[h]: by the group's smallest on keys, the rest on queries."
+    "Logits of head h times gamma[h]; keys get the root of their group's smallest."
     G = layer.config.n_heads // (layer.config.n_kv_heads or layer.config.n_heads)
     shared = gamma.view(-1, G).amin(-1).sqrt()  # (K,)
     own = gamma / shared.repeat_interleave(G)
     scale_rows(layer.k_proj, shared.repeat_interleave(layer.d_head))
     scale_rows(layer.q_proj, own.repeat_interleave(layer.d_head))
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #30808afc
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #13591014
 def clip_mla(layer: MultiHeadLatentAttention, gamma: Tensor) -> None:  # (H,)
     "Logits of head h times gamma[h] (Kimi Team 2025, algorithm 1)."
     c, root = layer.config, gamma.sqrt()[:, None]  # (H, 1)
@@ -107,14 +107,15 @@ def clip_mla(layer: MultiHeadLatentAttention, gamma: Tensor) -> None:  # (H,)
     scale_rows(layer.q_proj if c.q_lora_rank is None else layer.q_b_proj, of_q.flatten())
     scale_rows(layer.kv_b_proj, of_kv.flatten())
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #d6f72b85
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #725c08a5
 def queries_and_keys(
     layer: nn.Module, x: Tensor, inputs
 ) -> tuple[Tensor, Tensor, float]:  # (B, H, T, Dh), (B, K, T, Dh), scale of the scores
     "What an attention layer takes products of, RoPE applied."
     c = layer.config
     if isinstance(layer, MultiHeadLatentAttention):
-        q, (latents, k_rope) = mla_queries(layer, x, inputs), mla_latents(layer, x, inputs)
+        q = mla_queries(layer, x, inputs)
+        latents, k_rope = mla_latents(layer, x, inputs)
         kv = layer.kv_b_proj(latents[:, 0]).unflatten(-1, (c.n_heads, -1))
         k_nope = kv.transpose(1, 2)[..., :c.qk_nope_head_dim]
         k = torch.cat([k_nope, k_rope.expand(-1, c.n_heads, -1, -1)], -1)
@@ -125,7 +126,7 @@ def queries_and_keys(
         q, k = (apply_rope(heads, *inputs.cos_sin) for heads in (q, k))
     return q, k, layer.q_scale / math.sqrt(layer.d_head)
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #cf99eb4a
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #ffb9fb8a
 class AttentionLogits(NamedTuple):
     "What an attention layer returns besides its output, if it is tracked."
 
@@ -137,7 +138,7 @@ class TrackedLogits:
 
     def forward(self, x, inputs=None, cache=None):
         inputs = self.prepare(x) if inputs is None else inputs
-        # first: autocast keeps the weights it casts, those of no_grad have no gradient
+        # first: autocast keeps what it casts, and under no_grad that has no gradient
         y = super().forward(x, inputs, cache)
         if cache is not None or not self.training:
             return y
@@ -152,7 +153,7 @@ def tracked_class(kind: type) -> type:
     "A class of attention layers with `TrackedLogits`; one for all layers of a kind."
     return type(f"Tracked{kind.__name__}", (TrackedLogits, kind), {})
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #ac9eb344
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #2f05cd99
 def clippable_layers(model: nn.Module) -> list[nn.Module]:
     "Attention layers in order of depth; `ValueError` for one that has no rule."
     layers = [block.self_attn for block in model.modules() if isinstance(block, Block)]
@@ -175,7 +176,7 @@ def track_logits(model: nn.Module) -> None:
         if not isinstance(layer, TrackedLogits):
             layer.__class__ = tracked_class(type(layer))
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #fc22e750
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #6b1eda4b
 @torch.no_grad()
 def clip_heads(
     model: nn.Module,  # tracked
@@ -192,7 +193,7 @@ def clip_heads(
         latent = isinstance(layer, MultiHeadLatentAttention)
         (clip_mla if latent else clip_gqa)(layer, own)
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #93fad7c7
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #d77a2ca1
 @dataclass(frozen=True)
 class ClippedAuxiliary:
     "A model's own auxiliary, if it has one, and QK-clip."
@@ -216,7 +217,7 @@ class ClippedAuxiliary:
         if hasattr(self.inner, "after_step"):
             self.inner.after_step(model, statistics, keep)
 
-# %% ../../nbs/03_mla/04_kimi_k2.ipynb #ee8bb978
+# %% ../../nbs/03_mla/04_kimi_k2.ipynb #2e8e3481
 @dataclass(frozen=True, kw_only=True)
 class QKClipConfig:
     "QK-clip (Kimi Team 2025, section 2.1), after each step of any optimizer."
@@ -236,5 +237,8 @@ class QKClipConfig:
         "Track the model of an objective, and clip after each step; without tau, nothing."
         if self.tau is None:
             return
+        if not hasattr(objective, "auxiliary"):
+            raise ValueError(f"{type(objective).__name__} does not read its layers' "
+                             "extras, which QK-clip needs; leave qk_clip.tau out")
         track_logits(objective.model)
         objective.auxiliary = ClippedAuxiliary(objective.auxiliary, self.tau)

@@ -16,7 +16,7 @@ _YARN = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings"
 
 # %% ../../../nbs/library/family_kimi_k2.ipynb #60944fb4
 def write_kimi(c: "KimiK2Config") -> dict[str, Any] | None:
-    "config.json of a DeepSeek-V3, which it is; None for what transformers has no class for."
+    "config.json of a DeepSeek-V3, which it is; None where transformers has no class."
     hf = write_deepseek(c)
     return hf and hf | {"model_type": DeepSeekV3Config.hf_model_type}
 
