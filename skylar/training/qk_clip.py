@@ -104,7 +104,8 @@ def clip_mla(layer: MultiHeadLatentAttention, gamma: Tensor) -> None:  # (H,)
                       gamma[:, None].expand(-1, c.qk_rope_head_dim)], 1)
     of_kv = torch.cat([root.expand(-1, c.qk_nope_head_dim),
                        torch.ones_like(root).expand(-1, c.v_head_dim)], 1)
-    scale_rows(layer.q_proj if c.q_lora_rank is None else layer.q_b_proj, of_q.flatten())
+    q_proj = layer.q_proj if c.q_lora_rank is None else layer.q_b_proj
+    scale_rows(q_proj, of_q.flatten())
     scale_rows(layer.kv_b_proj, of_kv.flatten())
 
 # %% ../../nbs/03_mla/04_kimi_k2.ipynb #725c08a5
@@ -234,7 +235,7 @@ class QKClipConfig:
             clippable_layers(model)
 
     def attach(self, objective: nn.Module) -> None:
-        "Track the model of an objective, and clip after each step; without tau, nothing."
+        "Track the objective's model and clip after each step; without tau, nothing."
         if self.tau is None:
             return
         if not hasattr(objective, "auxiliary"):
