@@ -13,6 +13,7 @@ import pytest
 import torch
 from clip_worker import ATTENTION, STEPS, TAU, D, Rows, T, V, small_model, train
 
+from skylar.cli import main
 from skylar.layers.attention_backends import Positions, make_mask_mod
 from skylar.layers.cache import KVCache
 from skylar.layers.deepseek_moe import BiasBalancingConfig
@@ -27,6 +28,7 @@ from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.presets import get_config
 from skylar.training import qk_clip
 from skylar.training.loss import NextTokenObjective
+from skylar.training.metrics import read_metrics
 from skylar.training.qk_clip import (
     AttentionLogits,
     ClippedAuxiliary,
@@ -629,3 +631,20 @@ def test_a_run_with_qk_norm_is_refused_before_anything_is_written(tmp_path, monk
     with pytest.raises(ValueError, match="QK-norm"):
         prepare_run(config)
     assert not Path("run").exists()
+
+
+def test_the_plain_command_trains_the_small_kimi_with_muonclip(tmp_path, monkeypatch, capsys):
+    run_of(tmp_path, monkeypatch)  # writes the texts
+    words = """pretrain --preset kimi-test --data data --out run --corpus.source texts
+        --corpus.vocab_size 300 --loader.batch_size 2 --loader.seq_len 32 --train.steps 3
+        --train.log_every 1 --train.eval_batches 1 --train.device cpu --train.dtype float32
+        --optimizer.kind muon --optimizer.lr 0.01 --qk_clip.tau"""
+    assert main([*words.split(), "0.01"]) == 0
+    rows = [row for row in read_metrics("run/metrics.jsonl") if "max_logit" in row]
+    assert len(rows) == 3 and all(row["max_logit"] > 0.01 for row in rows)
+    assert main(["export", "--model", "run", "--out", "exported"]) == 0
+    assert main(["generate", "--model", "exported", "--prompt", "the king", "--max_new_tokens",
+                 "4", "--temperature", "0"]) == 0
+    capsys.readouterr()
+    assert main([*words.split(), "0"]) == 2
+    assert "tau=0" in capsys.readouterr().err
