@@ -68,6 +68,10 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_samples_of_a_sharded_model_are_refused_before_any_work",
         "test_the_same_seed_gives_the_same_bits",
     },
+    "test_qk_clip": {
+        "test_several_ranks_equal_one_process",
+        "test_tensor_parallel_ranks_clip_their_own_heads",
+    },
     "test_resume": {
         "test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint",
         "test_sigkill_then_resume_is_bit_for_bit",

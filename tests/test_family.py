@@ -224,10 +224,12 @@ def test_every_family_learns_one_batch(family):
              "qwen3_moe": dict(n_experts=4, top_k=2),
              "deepseek_v3": dict(n_experts=8, d_expert=16, top_k=2, n_groups=2, topk_groups=1,
                                  q_lora_rank=None, kv_lora_rank=8, first_dense=1,
-                                 qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
+                                 qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
+             "kimi_k2": dict(n_experts=8, d_expert=16, top_k=2, q_lora_rank=None, kv_lora_rank=8,
+                             qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8)
              }.get(family, {})
     small = dict(vocab_size=32, d_model=32, d_head=8, d_ff=64, n_layers=2, max_seq_len=32)
-    if family == "deepseek_v3":  # its heads have three widths of their own
+    if family in ("deepseek_v3", "kimi_k2"):  # their heads have three widths of their own
         del small["d_head"]
     model = CausalLM(get_config("test", family=family, **small, **extra))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

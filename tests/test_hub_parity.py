@@ -110,7 +110,7 @@ def assert_same_model(ours: CausalLM, theirs, seed: int):
         assert torch.equal(greedy(ours, ids[:, :5]), greedy(their_logits, ids[:, :5]))
 
 
-OWN_TESTS = ("skylar", "deepseek_v3")  # the latter: test_deepseek_v3
+OWN_TESTS = ("skylar", "deepseek_v3", "kimi_k2")  # the latter: test_deepseek_v3, test_kimi_k2
 OTHERS = [family.name for family in FAMILIES if family.name not in OWN_TESTS]
 
 

@@ -100,7 +100,8 @@ def test_stacked_experts_through_files_both_ways():
 
 SMALL = dict(vocab_size=40, d_model=16, n_layers=3, d_ff=24, max_seq_len=8)
 MORE = {"deepseek_v3": dict(first_dense=1, n_experts=4, d_expert=8, top_k=2, n_groups=2,
-                            topk_groups=1)}  # all others: d_head=4
+                            topk_groups=1),
+        "kimi_k2": dict(n_experts=4, d_expert=8, top_k=2)}  # all others: d_head=4
 
 
 @pytest.mark.parametrize("family, tied", list(itertools.product(FAMILIES, [True, False])))

@@ -48,6 +48,7 @@ from .monitor import Monitor, MonitorConfig
 from .muon import OptimizerConfig
 from .mup import MupConfig
 from .optim import ScheduleConfig
+from .qk_clip import QKClipConfig
 from .record import now, run_record
 from .trackers import check_trackers
 from .trainer import TrainConfig, Trainer
@@ -149,6 +150,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mup: MupConfig = MupConfig()  # rates of a smaller model, kept as this one grows
+    qk_clip: QKClipConfig = QKClipConfig()  # bound of attention logits
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()  # under torchrun
     guard: GuardConfig = GuardConfig()
@@ -359,6 +361,7 @@ class Run:
         with torch.device("meta"):  # numbers come once it is shared among the processes
             model = CausalLM(self.model) if self.initial is None else self.initial
         objective = NextTokenObjective(model, z_loss=self.config.loss.z_loss)
+        self.config.qk_clip.attach(objective)
         optimizer = self.config.mup.optimizer(self.config.optimizer.chosen)
         options = {"optimizer": optimizer,
                    "schedule": self.config.schedule, "guard": self.config.guard,
@@ -399,6 +402,7 @@ def prepare_run(config: RunConfig) -> Run:
     check_same_data(run)
     with torch.device("meta"):  # shapes only
         empty = CausalLM(model)
+    config.qk_clip.check(empty)
     need = checkpoint_bytes(empty, config.optimizer.build(empty))
     check_space(run.out, need, config.train)
     run.loader("train"), run.loader("val")  # refuse data shorter than one sequence

@@ -26,6 +26,7 @@ from .deepseek_v3 import DeepSeekV3Config
 from .gpt2 import GPT2Config
 from .gpt_oss import GptOssConfig
 from .granite import GraniteConfig, ScaledConfig
+from .kimi_k2 import KimiK2Config
 from .llama3 import Llama3Config
 from .mixtral import MixtralConfig
 from .qwen3 import Qwen3Config
@@ -36,7 +37,7 @@ from .smollm3 import SmolLM3Config
 # %% ../../../nbs/library/family_catalog.ipynb #c800827a
 FAMILIES = (GPT2Config, Llama3Config, Qwen3Config, ArceeConfig, GraniteConfig, SmolLM3Config,
             MixtralConfig, Qwen3MoEConfig, GptOssConfig, DeepSeekV3Config,
-            SkylarConfig)
+            KimiK2Config, SkylarConfig)
 
 PARTS = (  # configs that a saved DecoderConfig may hold
     BlockConfig, ScaledConfig, AttentionConfig, GQAConfig, MLAConfig, SlidingWindow,
