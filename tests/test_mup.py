@@ -315,7 +315,7 @@ def test_depth_keeps_the_residual_stream():
     assert abs(slopes["CompleteP"]) < 0.3 and slopes["standard"] > 0.5, slopes
 
 
-@pytest.mark.parametrize(("name", "n_wider"), [("adamw", 3), ("muon", 2)])
+@pytest.mark.parametrize(("name", "n_wider"), [("adamw", 3), ("muon", 3)])
 def test_the_stored_sweeps_show_what_the_lesson_says(name, n_wider):
     rows = json.loads((RESULTS / f"mup_transfer_{name}.json").read_text())["rows"]
     base, *wider = [r for r in rows if r["arm"] == "muP"]
