@@ -1,7 +1,7 @@
 """A sparse model against a dense one of its cost: at equal active FLOPs, and at equal time.
 
     python bench/moe_twins.py                          # about 15 minutes on one core
-    python bench/moe_twins.py --steps 4000 --keep      # 45 minutes; rows of other lengths stay
+    python bench/moe_twins.py --steps 4000 --keep      # 50 minutes; rows of other lengths stay
     python bench/moe_twins.py --steps 1000 --only wide --keep    # and of other variants
     python bench/moe_twins.py --seeds 2 --steps 50 --dry    # a look; writes no file
 
@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from common import ROOT, record
+from common import ROOT, commit, record
 from small_decoders import BATCH, LENGTH, LR, held_out_bits, plays, windows_of
 
 from skylar.layers.auxiliary import AuxiliaryOutput
@@ -177,7 +177,7 @@ def main() -> None:
             pairs = zip(row["bits_per_byte"], base["bits_per_byte"], strict=True)
             change, interval = mean_interval([one - other for one, other in pairs])
             rows[steps, name] = {
-                "steps": steps, "variant": name, "steps_taken": n,
+                "steps": steps, "variant": name, "steps_taken": n, "commit": commit(),
                 "parameters": count_parameters(config), "active": active_parameters(config),
                 "seeds": args.seeds, "flops": n * BATCH * LENGTH * flops_per_token(config, LENGTH),
                 "seconds": round(n * seconds[chosen[name][0].split(",")[0]], 2), **row,
