@@ -52,8 +52,9 @@ MODELS = {  # what the drawings say; "" is a part that a model does not have
 # %% ../../nbs/library/model_drawings.ipynb #282d82be
 _MLA = dict(
     positions="", norm="RMSNorm", projections="q, k, v from latents",
-    latents="normalized latents", qk_norm="", rope="RoPE on a part, YaRN", heads="multi-head latent attention",
-    experts="SwiGLU", shared="shared\nSwiGLU\nexpert", head="LM head, untied")
+    latents="normalized latents", qk_norm="", rope="RoPE on a part, YaRN",
+    heads="multi-head latent attention", experts="SwiGLU",
+    shared="shared\nSwiGLU\nexpert", head="LM head, untied")
 MODELS |= {
     "deepseek_v3": _MLA | dict(
         title="DeepSeek-V3 (671B)", ffn="experts in groups, 1 shared", dense=3,
