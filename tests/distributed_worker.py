@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+from faulty import whole
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
@@ -41,10 +42,6 @@ class RowsOfRank:
     def __iter__(self):
         for batch in batches():
             yield {name: value[self.rows].contiguous() for name, value in batch.items()}
-
-
-def whole(p: torch.Tensor) -> torch.Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def main(out: str, family: str, settings: dict) -> None:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from faulty import whole
 from torch import nn
 
 from skylar.cli import main as skylar
@@ -170,10 +171,6 @@ def digest(trainer: Trainer) -> str:
 
 def stop_after(step: int):
     return lambda row: row["step"] == step
-
-
-def whole(p: torch.Tensor) -> torch.Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def resize(out: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from byte_corpus import corpus, write
+from faulty import Faulty, whole
 
 from skylar.data.loader import PackedLoader
 from skylar.data.shards import ShardDataset
@@ -18,7 +19,6 @@ from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import GuardConfig
-from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import (
@@ -42,16 +42,6 @@ class Marked(PackedLoader):
         here = self.first <= sample < self.last and self.bad_rank in (None, self.rank)
         batch = super()._batch(sample)
         return batch | {"factor": torch.full((len(batch["labels"]),), self.factor if here else 1.0)}
-
-
-class Faulty(NextTokenObjective):
-    "Multiplies the loss by the factor that a batch carries."
-
-    def forward(self, batch):
-        batch = dict(batch)
-        factor = batch.pop("factor")[0]
-        output = super().forward(batch)
-        return output._replace(loss_sum=output.loss_sum * factor)
 
 
 class FaultyGradient(Faulty):
@@ -88,8 +78,7 @@ def weights_hash(model) -> str:
     "SHA-256 of all weights, gathered if they are sharded."
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p
-        digest.update(name.encode() + p.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + whole(p).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

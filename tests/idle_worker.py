@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from byte_corpus import corpus, write
-from guard_worker import Faulty, make_trainer, weights_hash
+from faulty import Faulty
+from guard_worker import make_trainer, weights_hash
 
 from skylar.training.distributed import ParallelConfig
 from skylar.utils.processes import (

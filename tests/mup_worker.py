@@ -9,7 +9,8 @@ import json
 import sys
 
 import torch
-from distributed_worker import ACCUMULATE, STEPS, RowsOfRank, V, whole
+from distributed_worker import ACCUMULATE, STEPS, RowsOfRank, V
+from faulty import whole
 
 from skylar.models.decoder import CausalLM
 from skylar.models.presets import get_config

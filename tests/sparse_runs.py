@@ -6,6 +6,7 @@ of means over a micro-batch.
 """
 
 import torch
+from faulty import whole
 
 from skylar.layers.router import TopKRouter
 from skylar.models.decoder import CausalLM
@@ -69,10 +70,6 @@ def avoid_last_expert(model: CausalLM) -> None:
             weights, experts = logits.softmax(-1).topk(module.config.top_k)
             return output._replace(weights=weights, experts=experts)
         router.register_forward_hook(without_last)
-
-
-def whole(t):
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
 def train(preset: str, optimizer: str, parallel=None, rank=0, size=1, steps=STEPS, out_dir=None,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from faulty import Faulty, whole
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,6 @@ from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig
 from skylar.training.distributed import ParallelConfig
 from skylar.training.guard import everyone
-from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
@@ -90,16 +90,6 @@ class Balance:
             layer.mlp.bias += torch.where(keep, 0.05 * wanted, 0.0)
 
 
-class Faulty(NextTokenObjective):
-    "Multiplies the loss by the factor that a batch carries."
-
-    def forward(self, batch):
-        batch = dict(batch)
-        factor = batch.pop("factor")[0]
-        output = super().forward(batch)
-        return output._replace(loss_sum=output.loss_sum * factor)
-
-
 def sparse_model() -> CausalLM:
     torch.manual_seed(0)
     norm = RMSNormConfig()
@@ -128,10 +118,6 @@ class MicroBatches:
                 nan = self.bad and step == BAD and i == MICRO - 1
                 yield {"input_ids": ids[part, :-1].contiguous(), "labels": labels[part],
                        "factor": torch.full((rows,), float("nan") if nan else 1.0)}
-
-
-def whole(p: Tensor) -> Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def train(settings: dict, bad: bool = False) -> dict:

@@ -3,12 +3,12 @@
 import json
 import os
 import random
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import close, forced, forward, rough
 from safetensors.torch import load_file
 
 from skylar.inference.generate import generate
@@ -80,16 +80,6 @@ def peer(c: DeepSeekV3Config):
         | (c.rope_scaling or {})))
 
 
-def rough(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    "Norms and biases, the routers' too, away from 1 and 0, so that a lost one shows."
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in state_tensors(model).values():
-            if tensor.ndim == 1:
-                tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
-    return model.eval()
-
-
 def pair(seed: int):
     torch.manual_seed(seed)
     config = draw(seed)
@@ -100,41 +90,20 @@ def pair(seed: int):
     return ours, theirs, torch.randint(config.vocab_size, (2, 24))
 
 
-@contextmanager
-def forced(theirs, routed: list, config: DeepSeekV3Config):
-    "Inside, transformers' routers choose the experts that ours chose, with their own scores."
-    def choose(mine):
-        def hook(module, inputs, output):
-            weights = output[0].sigmoid().gather(-1, mine.experts)
-            if config.normalize:
-                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-            return output[0], config.routed_scale * weights, mine.experts
-        return hook
-
-    gates = [m for n, m in theirs.named_modules() if n.endswith("mlp.gate")]
-    hooks = [g.register_forward_hook(choose(r)) for g, r in zip(gates, routed, strict=True)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def forward(ours, ids, **options):
-    hidden, extras = ours.model(ids, return_extras=True, **options)
-    return ours.lm_head(hidden), extras
-
-
-def close(ours, theirs, what):
-    error, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= 3e-5 * size + 1e-6, f"{what}: {error:.1e} apart, of {size:.1e}"
+def weights_of(c: DeepSeekV3Config):
+    "Their weights of the experts that ours chose."
+    def weights(logits, experts):
+        found = logits.sigmoid().gather(-1, experts)
+        total = found.sum(-1, keepdim=True) + 1e-20 if c.normalize else 1.0
+        return c.routed_scale * found / total
+    return weights
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_logits_and_gradients_equal_transformers(seed):
     ours, theirs, ids = pair(seed)
     logits, extras = forward(ours, ids)
-    with forced(theirs, extras, ours.config):
+    with forced(theirs, extras, weights_of(ours.config)):
         expected = theirs(ids, use_cache=False).logits
     close(logits, expected, "logits")
     for out in (logits, expected):
@@ -173,7 +142,7 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, seed):
     ids = torch.randint(model.config.vocab_size, (2, 20))
     with torch.no_grad():
         logits, extras = forward(back, ids)
-        with forced(theirs, extras, model.config):
+        with forced(theirs, extras, weights_of(model.config)):
             close(logits, theirs(ids, use_cache=False).logits, "logits")
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                    max_new_tokens=12, min_new_tokens=12, pad_token_id=0,

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3ForCausalLM
 from transformers import Qwen3Config as TheirQwen3Config
 
@@ -87,11 +88,6 @@ def peer(family: str, args: dict):
     return model_class(config)
 
 
-def close(ours, theirs, what):
-    error, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= 2e-5 * size + 1e-7, f"{what}: {error:.1e} apart, of {size:.1e}"
-
-
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("family", PEERS)
 def test_random_configs_equal_transformers(family, seed):
@@ -105,13 +101,13 @@ def test_random_configs_equal_transformers(family, seed):
     ours.load_state_dict(theirs.state_dict())  # strict: every name is theirs
     ids = torch.randint(args["vocab_size"], (2, 33))
     logits, expected = ours(ids), theirs(ids).logits
-    close(logits, expected, "logits")
+    close(logits, expected, "logits", 2e-5, 1e-7)
     for out in (logits, expected):
         F.cross_entropy(out[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     mine, other = dict(ours.named_parameters()), dict(theirs.named_parameters())
     assert mine.keys() == other.keys()
     for name in other:
-        close(mine[name].grad, other[name].grad, name)
+        close(mine[name].grad, other[name].grad, name, 2e-5, 1e-7)
 
 
 @pytest.mark.parametrize("family", PEERS)

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from attention_cases import in_chunks, placed, random_chunks, random_documents
 from torch.testing import assert_close
 
-from skylar.layers.attention_backends import Positions, restarting_positions
+from skylar.layers.attention_backends import restarting_positions
 from skylar.layers.cache import DynamicLayerCache, StaticLayerCache
 from skylar.layers.gqa import GQAConfig, GroupedQueryAttention
 from skylar.layers.norm import RMSNormConfig
@@ -82,54 +83,12 @@ def random_config(rng: random.Random, **changes) -> GQAConfig:
     return GQAConfig(**sizes | changes)
 
 
-def random_documents(rng: random.Random, B: int, T: int) -> list[list[int]]:
-    "Each sequence its own cuts: packed documents, padding left or right, or nothing of it."
-    rows = []
-    for _ in range(B):
-        cuts = sorted(rng.sample(range(1, T), rng.randint(0, min(3, T - 1))))
-        rows.append([sum(t >= c for c in cuts) for t in range(T)])
-    return rows
-
-
 def scrambled(layer, seed):
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in layer.parameters():
             p.add_(0.5 * torch.randn_like(p))
     return layer
-
-
-def placed(x, documents):
-    "Positions of a whole batch, as a decoder makes them."
-    if documents is None:
-        return Positions.of(x)
-    documents = torch.tensor(documents)
-    return Positions(cache_position=torch.arange(x.shape[1]), document_ids=documents,
-                     position_ids=restarting_positions(documents))
-
-
-def in_chunks(layer, cache, x, whole, sizes):
-    "What a decoder does with one layer and its cache."
-    out, start, config = [], 0, layer.config
-    for n in sizes:
-        new = slice(start, start + n)
-        queries, keys = whole[new], whole[:start + n]
-        slots = cache.locate(queries, keys, new)
-        out.append(layer(x[:, new], layer.prepare(x[:, new], queries, slots.keys, slots=slots),
-                         cache))
-        cache.commit()
-        start += n
-        if config.window is not None and whole.document_ids is None:
-            assert cache.keys.shape[2] == min(start, config.window.max_cached)
-    assert start == x.shape[1]
-    return torch.cat(out, dim=1)
-
-
-def random_chunks(rng: random.Random, T: int) -> list[int]:
-    sizes = []
-    while sum(sizes) < T:
-        sizes.append(min(rng.choice([1, 1, 2, 5, 11]), T - sum(sizes)))
-    return sizes
 
 
 # --- the layer ----------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from byte_corpus import corpus, write
-from guard_worker import Faulty, make_trainer, weights_hash
+from faulty import Faulty
+from guard_worker import make_trainer, weights_hash
 from test_distributed import torchrun
 
 from skylar.training.guard import Guard, GuardConfig, LossSpikes

@@ -9,13 +9,15 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_cases import in_chunks, placed, random_chunks, random_documents
+from parity import close
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from skylar.inference.cpu_fused import can_fuse, why_not_fused
 from skylar.inference.generate import generate
-from skylar.layers.attention_backends import Positions, restarting_positions
+from skylar.layers.attention_backends import restarting_positions
 from skylar.layers.block import BlockConfig
 from skylar.layers.cache import DynamicLayerCache, KVCache, StaticLayerCache
 from skylar.layers.mla import (
@@ -91,50 +93,6 @@ def both_models(config: MLAConfig, d_model: int = 20, seed: int = 0):
     ours = CausalLM(decoder_of(config, d_model)).eval()
     ours.load_state_dict(theirs.state_dict())  # strict: every name is theirs
     return ours, theirs
-
-
-def close(ours, theirs, what: str, tolerance: float = 3e-5):
-    error, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= tolerance * size + 1e-7, f"{what}: {error:.1e} apart, of {size:.1e}"
-
-
-def random_documents(rng: random.Random, B: int, T: int) -> list[list[int]]:
-    "Each sequence its own cuts: packed documents, padding left or right, or nothing of it."
-    rows = []
-    for _ in range(B):
-        cuts = sorted(rng.sample(range(1, T), rng.randint(0, min(3, T - 1))))
-        rows.append([sum(t >= c for c in cuts) for t in range(T)])
-    return rows
-
-
-def placed(x, documents=None) -> Positions:
-    if documents is None:
-        return Positions.of(x)
-    documents = torch.tensor(documents)
-    return Positions(cache_position=torch.arange(x.shape[1]), document_ids=documents,
-                     position_ids=restarting_positions(documents))
-
-
-def in_chunks(layer, cache, x, whole: Positions, sizes, backend="auto"):
-    "What a decoder does with one layer and its cache."
-    out, start = [], 0
-    for n in sizes:
-        new = slice(start, start + n)
-        queries, keys = whole[new], whole[:start + n]
-        slots = cache.locate(queries, keys, new)
-        inputs = layer.prepare(x[:, new], queries, slots.keys, backend, slots)
-        out.append(layer(x[:, new], inputs, cache))
-        cache.commit()
-        start += n
-    assert start == x.shape[1]
-    return torch.cat(out, dim=1)
-
-
-def random_chunks(rng: random.Random, T: int) -> list[int]:
-    sizes = []
-    while sum(sizes) < T:
-        sizes.append(min(rng.choice([1, 1, 2, 5, 11]), T - sum(sizes)))
-    return sizes
 
 
 # --- equal to transformers ----------------------------------------------------------------------

@@ -4,11 +4,11 @@ import json
 import os
 import random
 from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import close, forced, forward, gates, rough
 from safetensors.torch import load_file, save_file
 
 from skylar.inference.generate import generate
@@ -79,16 +79,6 @@ def experts_of(config) -> str:
     return "eager" if config.d_model % 4 or config.d_ff % 4 else "grouped_mm"
 
 
-def rough(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    "Norms and biases away from 1 and 0, so that a lost one shows."
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p += 0.3 * torch.randn(p.shape, generator=generator)
-    return model
-
-
 def pair(family: str, seed: int, **changes):
     "Ours and theirs with equal weights, and token ids."
     torch.manual_seed(seed)
@@ -101,38 +91,12 @@ def pair(family: str, seed: int, **changes):
     return ours, theirs, torch.randint(config.vocab_size, (2, 24))
 
 
-def gates(theirs) -> list[torch.nn.Module]:
-    return [m for n, m in theirs.named_modules() if n.endswith("mlp.gate")]
-
-
-@contextmanager
-def forced(theirs, routed: list, normalize: bool):
-    "Inside, transformers' routers choose the experts that ours chose, with their own logits."
-    def choose(mine):
-        def hook(module, inputs, output):
-            weights = output[0].float().softmax(-1).gather(-1, mine.experts)
-            if normalize:
-                weights = weights / weights.sum(-1, keepdim=True)
-            return output[0], weights.to(output[1].dtype), mine.experts
-        return hook
-
-    assert len(gates(theirs)) == len(routed)
-    hooks = [g.register_forward_hook(choose(r)) for g, r in zip(gates(theirs), routed)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def forward(ours, ids, **options):
-    hidden, extras = ours.model(ids, return_extras=True, **options)
-    return ours.lm_head(hidden), extras
-
-
-def close(ours, theirs, what):
-    error, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    assert error <= 3e-5 * size + 1e-6, f"{what}: {error:.1e} apart, of {size:.1e}"
+def weights_of(config):
+    "Their weights of the experts that ours chose."
+    def weights(logits, experts):
+        found = logits.float().softmax(-1).gather(-1, experts)
+        return found / found.sum(-1, keepdim=True) if normalized(config) else found
+    return weights
 
 
 def normalized(config) -> bool:
@@ -147,7 +111,7 @@ def normalized(config) -> bool:
 def test_logits_and_gradients_equal_transformers(family, seed):
     ours, theirs, ids = pair(family, seed)
     logits, extras = forward(ours, ids)
-    with forced(theirs, extras, normalized(ours.config)):
+    with forced(theirs, extras, weights_of(ours.config)):
         expected = theirs(ids, use_cache=False).logits
     close(logits, expected, "logits")
     for out in (logits, expected):
@@ -201,7 +165,7 @@ def test_near_ties_flip_in_bfloat16_and_forcing_brings_both_together(family):
     with torch.no_grad():
         logits, extras = forward(ours, ids)
         free = theirs(ids, use_cache=False, output_router_logits=True)
-        with forced(theirs, extras, True):
+        with forced(theirs, extras, weights_of(config)):
             held = theirs(ids, use_cache=False).logits
 
     def nats(other):  # of our distribution from the other
@@ -277,7 +241,7 @@ def test_theirs_opens_ours_and_ours_opens_theirs(tmp_path, family, seed):
     ids = torch.randint(model.config.vocab_size, (2, 20))
     with torch.no_grad():
         logits, extras = forward(back, ids)
-        with forced(theirs, extras, normalized(model.config)):
+        with forced(theirs, extras, weights_of(model.config)):
             close(logits, theirs(ids, use_cache=False).logits, "logits")
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                    max_new_tokens=12, min_new_tokens=12, pad_token_id=0,

@@ -328,9 +328,12 @@ def test_the_stored_sweeps_show_what_the_lesson_says(name, n_wider):
         assert min(ks) <= row["best"] - 2 and max(ks) >= row["best"] + 2
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_the_best_rate_of_sparse_families_transfers(family):
-    "The smallest model's rate on the widest: near the best of that under muP, and only there."
+@pytest.mark.parametrize(("family", "bound"), [("mixtral", 0.05), ("deepseek_v3", 0.1)])
+def test_the_best_rate_of_sparse_families_transfers(family, bound):
+    """What the smallest model's rate costs the widest, in bits: little under muP, and only there.
+
+    DeepSeek-V3's optimum moves a little under muP, too, by 0.65 +- 0.47 doublings at 8 times the
+    width; under the standard parameterization it moves by 3."""
     rows = json.loads((RESULTS / f"mup_transfer_adamw_{family}.json").read_text())["rows"]
     regret = {}
     for arm in ("standard", "muP"):
@@ -342,7 +345,7 @@ def test_the_best_rate_of_sparse_families_transfers(family):
             assert widest["shift"] + widest["interval"] < -1
         else:
             assert len(wider) >= 2 and all(abs(r["shift"]) < 0.7 for r in wider)
-    assert regret["muP"] < 0.05 < regret["standard"], regret
+    assert regret["muP"] < bound < regret["standard"], regret
 
 
 # --- runs ---

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from faulty import Faulty
 from step_worker import (
     BAD,
     MICRO,
     ROWS,
     STEPS,
     Balance,
-    Faulty,
     MicroBatches,
     T,
     sparse_model,

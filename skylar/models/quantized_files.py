@@ -37,10 +37,10 @@ def check_quantization(settings: Any) -> None:
                          "a checkpoint in mxfp4, fp8, float32, bfloat16 or float16")
     if method == "fp8":
         block_size(settings)
-        for key, known in (("fmt", (None, "e4m3")), ("activation_scheme", (None, "dynamic"))):
-            if (found := settings.get(key)) not in known:
+        for key, known in {"fmt": "e4m3", "activation_scheme": "dynamic"}.items():
+            if (found := settings.get(key)) not in (None, known):
                 raise ValueError(f"quantization_config: {key}={found!r} is not read, "
-                                 f"only {known[1]!r}")
+                                 f"only {known!r}")
 
 # %% ../../nbs/library/quantized_files.ipynb #9ac5328e
 LARGEST = 448.0  # of E4M3, which has no infinity
@@ -73,8 +73,9 @@ def encode_fp8_blocks(
     if not x.isfinite().all():
         raise ValueError("fp8 weights have no inf and no nan: clamp or remove them first")
     rows, columns = block
-    blocks = [[b.abs().amax() for b in part.split(columns, 1)] for part in x.float().split(rows)]
-    scales = torch.stack([torch.stack(row) for row in blocks]).clamp(min=1e-12) / LARGEST
+    largest = [torch.stack([b.abs().amax() for b in part.split(columns, 1)])
+               for part in x.float().split(rows)]
+    scales = torch.stack(largest).clamp(min=1e-12) / LARGEST
     wide = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     numbers = x.float() / wide[:x.shape[0], :x.shape[1]]
     return numbers.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scales
