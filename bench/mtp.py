@@ -1,13 +1,13 @@
 """Does multi-token prediction help the next token, and how many of its drafts are accepted?
 
     python bench/mtp.py                              # all arms
-    python bench/mtp.py --arms "weight 0.3"            # one of them; the file keeps the others
+    python bench/mtp.py --arms "weight 0.3"          # one of them; the file keeps the others
     python bench/mtp.py --seeds 2 --steps 50 --dry   # a look; writes no file
 
 Two-layer decoders over the characters of Shakespeare's plays, as in small_decoders.py: trained on
-the next token, for as many steps and for as many FLOPs as with a module; and with a module. For each seed all arms start with the same weights of the model and see
-the same batches: differences to the first arm are compared seed by seed, mean and a 95%
-t-interval. Acceptance is teacher forced, on equally spaced held-out windows. Writes
+the next token, for as many steps and for as many FLOPs as with a module; and with a module. For
+each seed all arms start with the same weights of the model and see the same batches: differences
+to the first arm are compared seed by seed, mean and a 95% t-interval. Acceptance is teacher forced, on equally spaced held-out windows. Writes
 bench/results/mtp.json.
 """
 
