@@ -7,8 +7,8 @@
 Two-layer decoders over the characters of Shakespeare's plays, as in small_decoders.py: trained on
 the next token, for as many steps and for as many FLOPs as with a module; and with a module. For
 each seed all arms start with the same weights of the model and see the same batches: differences
-to the first arm are compared seed by seed, mean and a 95% t-interval. Acceptance is teacher forced, on equally spaced held-out windows. Writes
-bench/results/mtp.json.
+to the first arm are compared seed by seed, mean and a 95% t-interval.
+Acceptance is teacher forced, on equally spaced held-out windows. Writes bench/results/mtp.json.
 """
 
 import argparse
