@@ -1,15 +1,14 @@
 """Does multi-token prediction help the next token, and how many of its drafts are accepted?
 
     python bench/mtp.py                              # all arms
-    python bench/mtp.py --arms "weight 1"            # one of them; the file keeps the others
+    python bench/mtp.py --arms "weight 0.3"          # one of them; the file keeps the others
     python bench/mtp.py --seeds 2 --steps 50 --dry   # a look; writes no file
 
 Two-layer decoders over the characters of Shakespeare's plays, as in small_decoders.py: trained on
-the next token, for as many steps and for as many FLOPs as with modules; and with modules of
-several weights and depths. For each seed all arms start with the same weights of the model and see
-the same batches: differences to the first arm are compared seed by seed, mean and a 95%
-t-interval. Acceptance is teacher forced, on equally spaced held-out windows. Writes
-bench/results/mtp.json.
+the next token, for as many steps and for as many FLOPs as with a module; and with a module. For
+each seed all arms start with the same weights of the model and see the same batches: differences
+to the first arm are compared seed by seed, mean and a 95% t-interval.
+Acceptance is teacher forced, on equally spaced held-out windows. Writes bench/results/mtp.json.
 """
 
 import argparse
@@ -31,10 +30,7 @@ EQUAL = "next token, equal FLOPs"  # as many as one module takes
 ARMS: dict[str, MTPConfig | None] = {
     "next token": None,
     EQUAL: None,
-    "weight 0.1": MTPConfig(weight=0.1),
     "weight 0.3": MTPConfig(weight=0.3),
-    "weight 1": MTPConfig(weight=1.0),
-    "weight 0.3, depth 2": MTPConfig(weight=0.3, depth=2),
 }
 
 

@@ -110,7 +110,7 @@ def main() -> None:
             for n in (1, 2)]
     for name, kind in KINDS.items():
         rates = [round(train(kind, seed, args.steps), 4) for seed in range(args.seeds)]
-        rows.append({"arm": name, "accepted": rates, "interval": mean_interval(rates)[1]})
+        rows.append({"arm": name, "accepted": rates, "interval": round(mean_interval(rates)[1], 4)})
     if args.dry:
         return print(*rows, sep="\n")
     record("mtp_drafts", rows, seeds=args.seeds, steps=args.steps, windows=WINDOWS)
