@@ -1,0 +1,128 @@
+"""Recall of pairs that lie outside the window: which memories solve it, and with which loss.
+
+    python bench/memory_recall.py                        # all layers, both losses, three seeds
+    python bench/memory_recall.py --layers window --seeds 1 --steps 100 --dry    # a look; no file
+
+Multi-query associative recall (Arora et al. 2023) with a gap: four pairs of a key and a value,
+the same pairs once more (near: inside a window of 16 tokens), 40 tokens of filler, and the keys
+again (far). Two blocks of width 64, the first with a window, the second with the layer in
+question; trained with Adam on new sequences at every step, judged on 512 that nobody trained on.
+The loss counts near and far values, or far ones only. Writes bench/results/memory_recall.json.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from common import record
+
+from skylar.layers.block import BlockConfig
+from skylar.layers.gqa import GQAConfig
+from skylar.layers.memory import (
+    KNNMemoryConfig,
+    MemoryAsContextConfig,
+    MemoryAsGateConfig,
+    MemoryAsLayerConfig,
+    NeuralMemoryConfig,
+)
+from skylar.layers.mlp import SwiGLUConfig
+from skylar.layers.norm import RMSNormConfig
+from skylar.layers.sliding_window import SlidingWindow
+from skylar.models.decoder import CausalLM, DecoderConfig, count_parameters
+
+KEYS, VALUES, FILLER, PAIRS, GAP, WINDOW = 16, 16, 8, 4, 40, 16
+BATCH, LR, D_MODEL = 64, 3e-3, 64
+LOSSES = {"near and far": (1, 2), "far only": (2,)}
+
+
+def layers() -> dict:
+    """The second block's attention; the first two are the baselines."""
+    window = GQAConfig(n_heads=2, window=SlidingWindow(size=WINDOW))
+    full, memory = GQAConfig(n_heads=2), NeuralMemoryConfig(n_heads=2, chunk=16)
+    online = NeuralMemoryConfig(n_heads=2, chunk=1)
+    deep = NeuralMemoryConfig(n_heads=2, chunk=16, depth=2)
+    plain = NeuralMemoryConfig(n_heads=2, chunk=16, momentum=False, forgetting=False)
+    return {
+        "window": window, "full attention": full,
+        "kNN memory": KNNMemoryConfig(n_heads=2, window=WINDOW, top_k=4),
+        "neural memory": memory, "neural, chunk 1": online, "neural, 2 matrices": deep,
+        "neural, no momentum, no forgetting": plain,
+        "as gate": MemoryAsGateConfig(attention=window, memory=memory),
+        "as layer": MemoryAsLayerConfig(attention=window, memory=memory),
+        "as context": MemoryAsContextConfig(attention=full, memory=memory)}
+
+
+def sequences(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (n, 64), and where a value is to be predicted: 1 near, 2 far, 0 nowhere."""
+    def order(size: int) -> torch.Tensor:
+        return torch.rand(n, size, generator=generator).argsort(-1)
+
+    keys = order(KEYS)[:, :PAIRS]
+    values = KEYS + torch.randint(VALUES, (n, PAIRS), generator=generator)
+    pairs = torch.stack([keys, values], -1)
+    near, far = (pairs.gather(1, order(PAIRS)[..., None].expand(-1, -1, 2)) for _ in range(2))
+    filler = torch.randint(FILLER, (n, GAP), generator=generator) + KEYS + VALUES
+    ids = torch.cat([pairs.flatten(1), near.flatten(1), filler, far.flatten(1)], 1)
+    kind = torch.zeros_like(ids)
+    kind[:, 2 * PAIRS + 1:4 * PAIRS:2], kind[:, 1 - 2 * PAIRS::2] = 1, 2
+    return ids, kind
+
+
+def model_of(attention, seed: int) -> CausalLM:
+    first = GQAConfig(n_heads=2, window=SlidingWindow(size=WINDOW))
+    norm, ffn = RMSNormConfig(), SwiGLUConfig(d_ff=64)
+    blocks = tuple(BlockConfig(attention=a, ffn=ffn, norm=norm) for a in (first, attention))
+    torch.manual_seed(seed)
+    return CausalLM(DecoderConfig(
+        vocab_size=KEYS + VALUES + FILLER, d_model=D_MODEL, blocks=blocks, norm=norm,
+        max_seq_len=4096, tie_embeddings=False, init_std=0.06))
+
+
+@torch.no_grad()
+def accuracy(model: CausalLM, which: int, seed: int = 10_000) -> float:
+    ids, kind = sequences(512, torch.Generator().manual_seed(seed))
+    hits = model.eval()(ids[:, :-1]).argmax(-1) == ids[:, 1:]
+    return round(float(hits[kind[:, 1:] == which].float().mean()), 4)
+
+
+def train(attention, kinds: tuple, seed: int, steps: int) -> tuple[float, float, float]:
+    """(near, far, milliseconds a step)."""
+    model, generator = model_of(attention, seed).train(), torch.Generator().manual_seed(seed)
+    optimizer, start = torch.optim.Adam(model.parameters(), LR), time.perf_counter()
+    for _ in range(steps):
+        ids, kind = sequences(BATCH, generator)
+        counted = torch.stack([kind[:, 1:] == k for k in kinds]).any(0)
+        loss = F.cross_entropy(model(ids[:, :-1])[counted], ids[:, 1:][counted])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    ms = 1e3 * (time.perf_counter() - start) / steps
+    return accuracy(model, 1), accuracy(model, 2), ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="+", choices=layers(), default=list(layers()))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
+    args = parser.parse_args()
+    rows = []
+    for name in args.layers:
+        config = layers()[name]
+        for loss, kinds in LOSSES.items():
+            found = [train(config, kinds, seed, args.steps) for seed in range(args.seeds)]
+            near, far, ms = zip(*found)
+            rows.append({"layer": name, "loss": loss, "near": near, "far": far,
+                         "step_ms": round(min(ms), 1),
+                         "parameters": count_parameters(model_of(config, 0).config)})
+            print(rows[-1], flush=True)
+    if not args.dry:
+        record("memory_recall", rows, seeds=args.seeds, steps=args.steps, lr=LR,
+               batch=f"{BATCH} x 64 tokens", chance=1 / VALUES)
+
+
+if __name__ == "__main__":
+    main()
