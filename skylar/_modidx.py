@@ -1298,6 +1298,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'skylar.layers.memory.fit_centroids': ('03_mla/memory.html#fit_centroids', 'skylar/layers/memory.py'),
                                       'skylar.layers.memory.full_precision': ( '03_mla/neural_memory.html#full_precision',
                                                                                'skylar/layers/memory.py'),
+                                      'skylar.layers.memory.gate_names': ( '03_mla/neural_memory.html#gate_names',
+                                                                           'skylar/layers/memory.py'),
                                       'skylar.layers.memory.gather_slots': ('03_mla/memory.html#gather_slots', 'skylar/layers/memory.py'),
                                       'skylar.layers.memory.knn_bytes': ('03_mla/memory.html#knn_bytes', 'skylar/layers/memory.py'),
                                       'skylar.layers.memory.knn_flops': ('03_mla/memory.html#knn_flops', 'skylar/layers/memory.py'),
