@@ -395,7 +395,7 @@ def chunk_slices(count: int, n_tokens: int, chunk: int) -> Iterator[tuple[slice,
         start = stop
 
 # %% ../../nbs/03_mla/06_neural_memory.ipynb #4ae0b927
-GATE_BIAS = {"step_proj": 0.0, "momentum_proj": -2.0, "forget_proj": -5.0}  # at the start
+GATE_BIAS = {"step_proj": 0.0, "momentum_proj": -2.0, "forget_proj": -5.0}
 
 
 def gate_names(config: "NeuralMemoryConfig") -> list[str]:
