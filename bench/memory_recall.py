@@ -46,6 +46,8 @@ def layers() -> dict:
     return {
         "window": window, "full attention": full,
         "kNN memory": KNNMemoryConfig(n_heads=2, window=WINDOW, top_k=4),
+        "kNN, 2 of 8 lists": KNNMemoryConfig(n_heads=2, window=WINDOW, top_k=4, n_lists=8,
+                                             n_probe=2),
         "neural memory": memory, "neural, chunk 1": online, "neural, 2 matrices": deep,
         "neural, no momentum, no forgetting": plain,
         "as gate": MemoryAsGateConfig(attention=window, memory=memory),
