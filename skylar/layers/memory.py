@@ -476,7 +476,7 @@ class NeuralMemory(nn.Module):
         self.o_proj = nn.Linear(H * Dh, d_model, bias=False)
         for name in gate_names(config):
             self.add_module(name, nn.Linear(d_model, H))
-        self.initial = nn.ParameterList(  # M_0
+        self.initial = nn.ParameterList(  # weights before the first token
             nn.Parameter(torch.empty(H, *size))
             for size in matrix_sizes(config, d_model))
         self.reset_memory()
