@@ -223,7 +223,7 @@ def test_a_failed_pass_leaves_the_cache_as_it_was(name):
     cache = KVCache(model.config, 1, dtype=torch.double)
     with torch.no_grad():
         model(ids[:, :8], cache=cache)
-        hook = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(ids[:, 8:], cache=cache)
         hook.remove()

@@ -135,8 +135,8 @@ MemoryCache.write, MemoryCache.crop = _write, _crop
 
 # %% ../../nbs/library/memory_state.ipynb #d5e9e325
 def take_sequence(state: Any, i: int) -> Any:
-    "The state of one sequence of a batch, with a batch axis of 1."
-    return tree_map(lambda t: t[i:i + 1], state)
+    "The state of one sequence of a batch, with a batch axis of 1; shares no memory with it."
+    return tree_map(lambda t: t[i:i + 1].clone(), state)
 
 
 def scan_documents(
