@@ -1284,6 +1284,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'skylar/layers/memory.py'),
                                       'skylar.layers.memory.chunk_step': ( '03_mla/neural_memory.html#chunk_step',
                                                                            'skylar/layers/memory.py'),
+                                      'skylar.layers.memory.clip_scale': ( '03_mla/neural_memory.html#clip_scale',
+                                                                           'skylar/layers/memory.py'),
                                       'skylar.layers.memory.context_bytes': ( '03_mla/neural_memory.html#context_bytes',
                                                                               'skylar/layers/memory.py'),
                                       'skylar.layers.memory.context_flops': ( '03_mla/neural_memory.html#context_flops',

@@ -1,5 +1,6 @@
 """Longer memory: kNN memory against full attention, chunks against single steps, no future."""
 
+import dataclasses
 import math
 import random
 
@@ -27,6 +28,7 @@ from skylar.layers.memory import (
     attend_to_found,
     chunk_slices,
     chunk_step,
+    clip_scale,
     context_mask,
     decay_products,
     exact_search,
@@ -277,7 +279,7 @@ def test_impossible_knn_configs(change):
 
 
 def test_impossible_neural_configs():
-    for change in (dict(chunk=0), dict(depth=0), dict(max_step=0.0)):
+    for change in (dict(chunk=0), dict(depth=0), dict(max_step=0.0), dict(max_grad_norm=0.0)):
         with pytest.raises(ValueError):
             NeuralMemoryConfig(n_heads=2, **change)
     with pytest.raises(ValueError, match="window"):
@@ -465,7 +467,7 @@ def reconstruction(weights, k, v):
     return 0.5 * (memory_read(weights, k[None]) - v).square().sum()
 
 
-def one_by_one(weights, q, k, v, step, eta, keep, chunk):
+def one_by_one(weights, q, k, v, step, eta, keep, chunk, max_grad_norm=None):
     "One head of one sequence, with autograd's gradients: q, k, v (T, Dh), gates (T,)."
     weights, outs = tuple(weights), []
     momentum = tuple(torch.zeros_like(W) for W in weights)
@@ -473,19 +475,21 @@ def one_by_one(weights, q, k, v, step, eta, keep, chunk):
         if t % chunk == 0:
             anchor = weights
         grads = torch.func.grad(reconstruction)(anchor, k[t], v[t])
+        if max_grad_norm is not None:
+            grads = tuple(g * (max_grad_norm / g.norm()).clamp(max=1) for g in grads)
         momentum = tuple(eta[t] * S - step[t] * g for S, g in zip(momentum, grads))
         weights = tuple(keep[t] * W + S for W, S in zip(weights, momentum))
         outs.append(memory_read(weights, q[t][None])[0])
     return torch.stack(outs), weights, momentum
 
 
-def by_chunks(state, q, k, v, gates, chunk, pieces):
+def by_chunks(state, q, k, v, gates, chunk, pieces, max_grad_norm=None):
     outs, count = [], 0
     for n in pieces:
         for part, full in chunk_slices(count, n, chunk):
             now = slice(count + part.start, count + part.stop)
             out, state = chunk_step(state, q[:, :, now], k[:, :, now], v[:, :, now],
-                                    MemoryGates(*(g[:, :, now] for g in gates)))
+                                    MemoryGates(*(g[:, :, now] for g in gates)), max_grad_norm)
             outs.append(out)
             state = state._replace(anchor=state.weights) if full else state
         count += n
@@ -511,17 +515,19 @@ def opened(logits) -> MemoryGates:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 16])
 @pytest.mark.parametrize("pieces", [(11,), (3, 1, 7), (1,) * 11])
-def test_chunks_equal_single_steps_with_all_gradients(depth, chunk, pieces):
+@pytest.mark.parametrize("limit", [None, 0.9])
+def test_chunks_equal_single_steps_with_all_gradients(depth, chunk, pieces, limit):
     weights, qkv, logits = random_memory(depth)
     gates, zeros = opened(logits), tuple(torch.zeros_like(W) for W in weights)
-    found, state = by_chunks(MemoryState(weights, zeros, weights), *qkv, gates, chunk, pieces)
+    start = MemoryState(weights, zeros, weights)
+    found, state = by_chunks(start, *qkv, gates, chunk, pieces, limit)
     expected = torch.empty_like(found)
     rows = []
     for b in range(2):
         for h in range(2):
             out, last, momentum = one_by_one(
                 [W[b, h] for W in weights], *(x[b, h] for x in qkv), gates.step[b, h],
-                gates.log_momentum[b, h].exp(), gates.log_keep[b, h].exp(), chunk)
+                gates.log_momentum[b, h].exp(), gates.log_keep[b, h].exp(), chunk, limit)
             rows.append(out)
             for mine, other in zip((*state.weights, *state.momentum), (*last, *momentum)):
                 assert_close(mine[b, h], other)
@@ -581,6 +587,29 @@ def test_a_fact_that_is_known_changes_nothing():
     gates = MemoryGates(torch.ones(1, 1, 3).double(), *torch.zeros(2, 1, 1, 3).double())
     _, state = chunk_step(MemoryState((M,), (0 * M,), (M,)), k, k, k @ M.mT, gates)
     assert_close(state.weights[0], M)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_one_token_again_and_again_stays_bounded(depth):
+    "Steps at the same weights add up: without a bound, each chunk's error is a multiple."
+    config = NeuralMemoryConfig(n_heads=2, chunk=16, depth=depth)
+    x = torch.randn(1, 1, D, generator=torch.Generator().manual_seed(1)).expand(1, 400, D)
+    peaks = []
+    for limit in (config.max_grad_norm, 1e15):
+        torch.manual_seed(0)
+        layer = dataclasses.replace(config, max_grad_norm=limit).build(D)
+        layer.init_weights(0.2, 0.2)
+        peaks.append(float(layer(x).abs().max()))
+    assert peaks[0] < 1e5 and peaks[1] > 1e10
+
+
+def test_gradients_within_the_bound_are_not_touched():
+    delta, a = torch.randn(2, 1, 1, 9, 4).double()
+    norms = (delta.norm(dim=-1) * a.norm(dim=-1))[0, 0]
+    limit = float(norms.median())
+    scale = clip_scale(delta, a, limit)[0, 0]
+    assert_close(scale, (limit / norms).clamp(max=1))
 
 
 def test_chunks_are_cut_where_they_end():
