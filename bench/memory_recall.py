@@ -126,21 +126,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--dry", action="store_true", help="write no file")
     args = parser.parse_args()
-    notes = dict(seeds=args.seeds, steps=args.steps, lr=LR, warmup=WARMUP,
+    notes = dict(steps=args.steps, lr=LR, warmup=WARMUP,
                  batch=f"{BATCH} x 64 tokens", chance=1 / VALUES)
     for loss in args.losses:
         for name in args.layers:
-            found = [train(layers()[name], LOSSES[loss], seed, args.steps)
-                     for seed in range(args.seeds)]
-            near, far, ms = zip(*found)
-            row = {"layer": name, "loss": loss, "near": near, "far": far,
-                   "step_ms": round(min(ms), 1),
-                   "parameters": count_parameters(model_of(layers()[name], 0).config)}
+            found = []
+            for seed in range(args.seeds):
+                found.append(train(layers()[name], LOSSES[loss], seed, args.steps))
+                near, far, ms = zip(*found)
+                row = {"layer": name, "loss": loss, "near": near, "far": far,
+                       "step_ms": round(min(ms), 1),
+                       "parameters": count_parameters(model_of(layers()[name], 0).config)}
+                if not args.dry:
+                    rows = measured(notes) | {(name, loss): row}
+                    order = [(n, x) for x in LOSSES for n in layers() if (n, x) in rows]
+                    write(NAME, [rows[key] for key in order], **notes)
             show(row)
-            if not args.dry:
-                rows = measured(notes) | {(name, loss): row}
-                order = [(n, x) for x in LOSSES for n in layers() if (n, x) in rows]
-                write(NAME, [rows[key] for key in order], **notes)
 
 
 if __name__ == "__main__":
