@@ -12,6 +12,9 @@ from ...layers.block import BlockConfig
 from ...layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
 from ...layers.deepseek_moe import GroupedSigmoidConfig
 from ...layers.gqa import GQAConfig
+from ...layers.memory import KNNMemoryConfig, MemoryAsContextConfig
+from ...layers.memory import MemoryAsGateConfig, MemoryAsLayerConfig
+from ...layers.memory import NeuralMemoryConfig
 from ...layers.mla import MLAConfig
 from ...layers.mlp import MLPConfig, ReLU2Config, SwiGLUConfig
 from ...layers.moe import ClampedMoEConfig, MoEConfig
@@ -45,4 +48,5 @@ PARTS = (  # configs that a saved DecoderConfig may hold
     LayerNormConfig, RMSNormConfig, MLPConfig, SwiGLUConfig, ReLU2Config,
     TopKConfig, TopKLogitsConfig, RouterLossConfig, MoEConfig, ClampedMoEConfig,
     GroupedSigmoidConfig, DeepSeekMoEConfig, BiasBalancingConfig, SinkAttentionConfig,
-    LearnedPositionsConfig, SinusoidalPositionsConfig)
+    LearnedPositionsConfig, SinusoidalPositionsConfig, KNNMemoryConfig,
+    NeuralMemoryConfig, MemoryAsGateConfig, MemoryAsLayerConfig, MemoryAsContextConfig)
