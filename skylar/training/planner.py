@@ -149,7 +149,8 @@ def fake_job(n_processes: int, ledger) -> Iterator[None]:
         if n_processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
             stack.callback(dist.destroy_process_group)
-        for kind, name in ((ParallelConfig, "mesh"), (DeviceMesh, "__init__")):
+        for kind, name in ((ParallelConfig, "mesh"), (ParallelConfig, "expert_mesh"),
+                           (DeviceMesh, "__init__")):
             stack.enter_context(mock.patch.object(kind, name, _apart(getattr(kind, name))))
         stack.enter_context(mock.patch.object(
             ShardingPropagator, find, _unseen(getattr(ShardingPropagator, find), ledger)))
@@ -349,6 +350,8 @@ def mesh_of(plan: Plan) -> str:
         words = [f"ddp {n}" if n > 1 else "1"]
     else:
         words = [f"fsdp {n // (p.replicas * p.tensor)}"]
+        words += [f"(experts: {n // (p.replicas * p.experts)} x ep {p.experts})"] * (
+            p.experts > 1)
         words += [f"x {p.replicas} replicas"] * (p.replicas > 1)
         words += [f"x tp {p.tensor}"] * (p.tensor > 1)
     return " ".join(words + ["recompute"] * p.recompute)
