@@ -37,6 +37,16 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_a_run_goes_on_at_another_number_of_processes",
         "test_a_batch_that_does_not_divide_is_refused_before_anything_is_written",
     },
+    "test_expert_parallel": {
+        "test_a_run_goes_on_at_another_number_of_ranks",
+        "test_an_expert_without_tokens_on_any_rank",
+        "test_bf16_gathers_stay_close_to_autocast_alone",
+        "test_biases_of_experts_and_of_routers",
+        "test_from_meta_the_first_weights_do_not_depend_on_the_number_of_ranks",
+        "test_muon_orthogonalizes_each_experts_matrices_where_they_are",
+        "test_resumed_at_the_same_number_of_ranks_bit_for_bit",
+        "test_the_same_run_as_alone_at_unequal_target_counts",
+    },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
     "test_guard": {

@@ -17,7 +17,18 @@ from skylar.layers.moe import ClampedExperts, Experts, sort_by_expert
 from skylar.models.decoder import count_parameters
 from skylar.training.distributed import ParallelConfig
 from skylar.training.expert_parallel import arrivals, share_experts, split_dim
-from skylar.training.planner import make_plan, mesh_of, model_config, plain_run, simulate
+from skylar.training.planner import (
+    blocks_of,
+    equal_from,
+    make_plan,
+    mesh_of,
+    model_config,
+    plain_run,
+    remedies,
+    simulate,
+    simulate_any_depth,
+    with_experts,
+)
 from skylar.training.run import LoaderConfig, RunConfig, TrainConfig
 from skylar.utils.lesson import Workers
 
@@ -333,3 +344,42 @@ def test_a_plan_names_the_mesh():
     with pytest.raises(ValueError, match="experts=3 does not divide the 16 experts"):
         make_plan(replace(sparse_run(), parallel=ParallelConfig(experts=3),
                           loader=LoaderConfig(batch_size=6, seq_len=64)), 6, "h100")
+
+
+def test_sharing_experts_is_a_remedy():
+    shared = with_experts(sparse_run(), 8)
+    assert shared.parallel.experts == 8
+    assert with_experts(sparse_run(), 32).parallel.experts == 16  # and two ranks split rows
+    assert with_experts(sparse_run(), 48) is None  # three ranks can split neither
+    assert with_experts(sparse_run(experts=2), 8) is None
+    assert with_experts(replace(sparse_run(), preset="test", model={}), 8) is None
+    texts = [text for text, *_ in remedies(make_plan(sparse_run(), 8, "h100"))]
+    assert "--parallel.recompute true --parallel.experts 8" in texts
+
+
+def test_dense_blocks_at_the_beginning_are_simulated_and_equal_ones_are_not():
+    small = {"n_layers": 9, "first_dense": 2, "vocab_size": 500}
+    config = replace(sparse_run(experts=2), preset="deepseek-test", model=small)
+    blocks = blocks_of(config)
+    assert equal_from(blocks) == 2 and equal_from(blocks[:2]) == 0
+    line, whole = simulate_any_depth(config, 4, True), fake(config, 4)
+    assert peak(line) == pytest.approx(peak(whole), rel=1e-3)
+    for kind in ("parameters", "gradients", "optimizer", "activations"):
+        assert line["sizes"][kind] == pytest.approx(whole["sizes"][kind], rel=1e-3)
+
+
+def peak(memory: dict) -> float:
+    return max(sum(kinds.values()) for kinds in memory["phases"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "gpus"), [("mixtral-8x7b", 16), ("deepseek-v3", 512)])
+def test_a_plan_of_a_published_model(preset, gpus):
+    "With its experts shared it needs less, and nothing of it was run."
+    config = RunConfig(data="-", preset=preset, loader=LoaderConfig(batch_size=gpus, seq_len=4096),
+                       parallel=ParallelConfig(recompute=True, gather_dtype="bfloat16"))
+    shared = make_plan(with_experts(config, gpus), gpus, "h200")
+    sizes = shared.memory["sizes"]
+    layer = max(3 * b.ffn.router.n_experts * b.ffn.d_ff * model_config(config).d_model * 2
+                for b in blocks_of(config) if hasattr(b.ffn, "router"))  # bytes in bf16
+    assert sizes["gathered"] < layer  # less than one layer of all experts

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['GIB', 'OVERHEAD', 'RESERVE_GIB', 'MESHES', 'model_config', 'build_step', 'batches', 'take_two_steps', 'watch',
-           'fake_job', 'simulate', 'at_depth', 'plain_run', 'simulate_any_depth', 'as_settings', 'predict',
-           'resident_peak', 'measure', 'free_memory', 'Plan', 'make_plan', 'mesh_of', 'with_recompute', 'with_each',
-           'candidates', 'least_bytes', 'find_plan', 'remedies', 'verdict', 'plan_row']
+           'fake_job', 'simulate', 'at_depth', 'plain_run', 'blocks_of', 'equal_from', 'simulate_any_depth',
+           'as_settings', 'predict', 'resident_peak', 'measure', 'free_memory', 'Plan', 'make_plan', 'mesh_of',
+           'with_recompute', 'with_experts', 'with_each', 'candidates', 'least_bytes', 'find_plan', 'remedies',
+           'verdict', 'plan_row']
 
 # %% ../../nbs/library/plans.ipynb #d831157f
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -192,13 +194,27 @@ def plain_run(config: RunConfig, gpu: bool) -> RunConfig:
     return replace(config, train=train, parallel=parallel)
 
 
+def blocks_of(config: RunConfig) -> tuple:
+    "The configs of a run's blocks."
+    return tuple(as_decoder(model_config(config)).blocks)
+
+
+def equal_from(blocks: tuple) -> int:
+    "The index from which all blocks are equal; DeepSeek-V3 begins with three others."
+    n = len(blocks)
+    while n and blocks[n - 1] == blocks[-1]:
+        n -= 1
+    return n
+
+
 def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool, shallow=(3, 5)) -> dict:
-    "As `simulate`; equal blocks are not all simulated."
-    config, blocks = plain_run(config, gpu), as_decoder(model_config(config)).blocks
-    if len(blocks) <= shallow[1] + 1 or len(set(blocks)) > 1:
+    "As `simulate`; equal blocks at the end are not all simulated."
+    config, blocks = plain_run(config, gpu), blocks_of(config)
+    few, more = (equal_from(blocks) + n for n in shallow)
+    if len(blocks) <= more + 1 or blocks_of(at_depth(config, more)) != blocks[:more]:
         return simulate(config, n_processes, gpu)
-    low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in shallow)
-    return _line(low, high, (len(blocks) - shallow[0]) / (shallow[1] - shallow[0]))
+    low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in (few, more))
+    return _line(low, high, (len(blocks) - few) / (more - few))
 
 # %% ../../nbs/library/plans.ipynb #bae95d17
 _CHILD = "from skylar.training.planner import _answer; _answer()"
@@ -361,6 +377,20 @@ def with_recompute(config: RunConfig) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, recompute=True))
 
 
+def with_experts(config: RunConfig, gpus: int) -> RunConfig | None:
+    "Experts shared among as many GPUs as possible; None: there are none, or they are."
+    p, width = config.parallel, as_decoder(model_config(config)).d_model
+    sparse = [b.ffn for b in blocks_of(config) if hasattr(b.ffn, "router")]
+    if not sparse or p.strategy != "fsdp" or (p.experts, p.tensor) != (1, 1):
+        return None
+    counts = [ffn.router.n_experts for ffn in sparse]
+    share = math.gcd(*counts, gpus // p.replicas)
+    shards = gpus // p.replicas // share  # they split whole experts, or rows of each
+    rows = [width, *(2 * ffn.d_ff for ffn in sparse)]
+    divides = all(n // share % shards == 0 for n in counts) or not any(n % shards for n in rows)
+    return replace(config, parallel=replace(p, experts=share)) if share > 1 and divides else None
+
+
 def with_each(config: RunConfig, gpus: int, sequences: int = 1) -> RunConfig:
     "So many sequences for each data rank and micro-batch."
     _, parts = config.parallel.data_ranks(0, gpus)
@@ -381,6 +411,8 @@ def candidates(config: RunConfig, gpus: int | None, sequences: int | None) -> It
         yield one, n
         if free and not config.parallel.recompute:
             yield with_recompute(one), n
+        if free and (shared := with_experts(with_recompute(one), n)):
+            yield shared, n
 
 
 def least_bytes(config: RunConfig, gpus: int) -> float:
@@ -416,13 +448,17 @@ def find_plan(
 def remedies(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
     "Changes that make a run need less memory on a GPU, the mildest first."
     config, (_, parts) = plan.config, plan.config.parallel.data_ranks(0, plan.gpus)
+    flags = "--parallel.recompute true"
     if not config.parallel.recompute:
         config = with_recompute(config)
-        yield "--parallel.recompute true", config, plan.gpus
+        yield flags, config, plan.gpus
+    if shared := with_experts(config, plan.gpus):
+        config, flags = shared, f"{flags} --parallel.experts {shared.parallel.experts}"
+        yield flags, config, plan.gpus
     if config.loader.batch_size > parts:
         config = with_each(config, plan.gpus)
-        yield (f"--parallel.recompute true --loader.batch_size {parts} (and more "
-               "--train.grad_accum_steps)"), config, plan.gpus
+        yield (f"{flags} --loader.batch_size {parts} (and more --train.grad_accum_steps)",
+               config, plan.gpus)
     if config.parallel.strategy == "fsdp" and plan.gpu != "cpu":
         for n in (m for m in MESHES if m > plan.gpus):
             if least_bytes(config, n) < plan.capacity and n % plan.gpus == 0:
