@@ -27,20 +27,22 @@ from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import is_main_process, join_processes, leave_processes, rank_and_size
 
 V, T, ROWS, STEPS, E, K = 64, 12, 8, 6, 8, 2
-MODEL = {"kind": "moe", "unused": None, "meta": False}  # unused: an expert that nobody chooses
+MODEL = {"kind": "moe", "n_experts": E, "unused": None,  # unused: an expert that nobody chooses
+         "meta": False}
 RUN = {"steps": STEPS, "micro": 2, "optimizer": "adamw", "out_dir": None, "resume": False,
        "dtype": "float32"}
 
 
-def decoder_config(kind: str) -> DecoderConfig:
+def decoder_config(kind: str, n_experts: int) -> DecoderConfig:
     norm = RMSNormConfig()
     auxiliary = None  # a loss of each rank's own tokens would not be that of one process
     if kind == "moe":
-        ffn = MoEConfig(router=TopKConfig(n_experts=E, top_k=K), d_ff=12)
+        ffn = MoEConfig(router=TopKConfig(n_experts=n_experts, top_k=K), d_ff=12)
     elif kind == "clamped":  # with biases, one of them of the router
-        ffn = ClampedMoEConfig(router=TopKLogitsConfig(n_experts=E, top_k=K), d_ff=12)
+        router = TopKLogitsConfig(n_experts=n_experts, top_k=K)
+        ffn = ClampedMoEConfig(router=router, d_ff=12)
     else:
-        router = GroupedSigmoidConfig(n_experts=E, top_k=K, n_groups=4, topk_groups=2)
+        router = GroupedSigmoidConfig(n_experts=n_experts, top_k=K, n_groups=4, topk_groups=2)
         ffn = DeepSeekMoEConfig(router=router, d_ff=12)
         auxiliary = BiasBalancingConfig(rate=0.02)
     block = BlockConfig(attention=GQAConfig(n_heads=2, qk_norm=norm), norm=norm, ffn=ffn)
@@ -90,10 +92,10 @@ def without(model: CausalLM, unused: int) -> None:
     gate.forward = forward
 
 
-def build(kind: str, unused, meta: bool) -> CausalLM:
+def build(kind: str, n_experts: int, unused, meta: bool) -> CausalLM:
     torch.manual_seed(0)
     with torch.device("meta" if meta else "cpu"):
-        model = CausalLM(decoder_config(kind))
+        model = CausalLM(decoder_config(kind, n_experts))
     if unused is not None:
         without(model, unused)
     return model

@@ -97,9 +97,15 @@ def test_biases_of_experts_and_of_routers(runs, tmp_path, kind):
         assert theirs.abs().max() > 0
 
 
-def test_muon_orthogonalizes_each_experts_matrices_where_they_are(runs, tmp_path):
-    found = train(tmp_path, 4, experts=2, optimizer="muon")
-    assert_same_run(found, runs(optimizer="muon"))
+@pytest.mark.parametrize("n_experts", [8, 6])  # 3 experts of a rank: FSDP splits their rows
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_that_do_not_divide_are_split_by_rows(runs, tmp_path, optimizer, n_experts):
+    model = {"optimizer": optimizer, "n_experts": n_experts, "kind": "clamped"}
+    assert_same_run(train(tmp_path, 4, experts=2, **model), runs(**model))
+
+
+def test_blocks_are_compiled_around_the_exchange(runs, tmp_path):
+    assert_same_run(train(tmp_path, 2, experts=2, compile_blocks=True), runs())
 
 
 def test_an_expert_without_tokens_on_any_rank(runs, tmp_path):

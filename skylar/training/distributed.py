@@ -251,6 +251,8 @@ def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Mod
                                    shards=mesh[shards].size()))
     found = share_experts(objective.model, mesh[experts])
     for module in found:
+        if config.compile_blocks:  # but not the exchange: its sizes depend on data
+            module.compute = torch.compiler.disable(module.compute)
         share(module)
     return found
 

@@ -78,21 +78,21 @@ class LocalParts:
 class ExpertParallel:
     "Mixed into the class of experts: a rank computes its own, for the tokens of all."
 
-    @torch.compiler.disable  # sizes depend on the data
     def compute(self, rows: Tensor, counts: Tensor | list[int]) -> Tensor:
         group = self.down_proj.device_mesh.get_group()
         if isinstance(counts, list):
             counts = torch.tensor(counts, device=rows.device)
         arriving = announce(counts, group)
         sent, received = splits(rows, counts, arriving)
-        here = _Exchange.apply(rows[:sum(sent)], sent, received, group)
+        more = len(rows) - sum(sent)  # rows of no expert, which are zero
+        here = _Exchange.apply(rows[:-more] if more else rows, sent, received, group)
         to = arrivals(arriving, len(here))
         here = _TakeRows.apply(here, to.source, to.row, 1)
         plain = super(ExpertParallel, type(self)).compute
         here = plain(LocalParts(self), here, to.counts)
         here = _TakeRows.apply(here, to.row, to.source, 1)  # as they arrived
         y = _Exchange.apply(here, received, sent, group)
-        return nn.functional.pad(y, (0, 0, 0, len(rows) - len(y)))  # of no expert
+        return nn.functional.pad(y, (0, 0, 0, more)) if more else y
 
 # %% ../../nbs/02_moe/04_expert_parallel.ipynb #6c2ab2a4
 def share_experts(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
