@@ -239,7 +239,7 @@ def expert_mesh(self, device_type: str, world_size: int) -> DeviceMesh:
     return init_device_mesh(device_type, (self.replicas, shards, self.experts),
                             mesh_dim_names=names)
 
-
+# %% ../../nbs/02_moe/04_expert_parallel.ipynb #33788282
 def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Module]:
     "Experts among the last dimension of `mesh`, FSDP2 among the others."
     replicas, shards, experts = mesh.mesh_dim_names
