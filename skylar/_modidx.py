@@ -1147,8 +1147,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.GroupedSigmoidRouter.init_weights': ( '02_moe/deepseek_moe.html#groupedsigmoidrouter.init_weights',
                                                                                                               'skylar/layers/deepseek_moe.py'),
-                                            'skylar.layers.deepseek_moe.fp32_linear': ( '02_moe/deepseek_moe.html#fp32_linear',
-                                                                                        'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.group_limited_topk': ( '02_moe/deepseek_moe.html#group_limited_topk',
                                                                                                'skylar/layers/deepseek_moe.py'),
                                             'skylar.layers.deepseek_moe.max_violation': ( '02_moe/deepseek_moe.html#max_violation',

@@ -561,3 +561,19 @@ def test_config_round_trip_and_costs():
     extra = 2 * 8 * (16 + 3 * 16 * 12)  # 2 layers, 8 experts more: gate rows and matrices
     assert count_parameters(wider) - count_parameters(config) == extra
     assert forward_flops(wider, 4) - forward_flops(config, 4) == 2 * 2 * 16 * 8  # the gate's
+
+
+def test_padding_moves_no_bias():
+    "The counts of a padded batch are those of its tokens alone."
+    torch.manual_seed(0)
+    layer = DeepSeekMoEConfig(
+        router=GroupedSigmoidConfig(n_experts=8, top_k=2), d_ff=8).build(16)
+    layer.init_weights(0.1, 0.1)
+    x, mask = torch.randn(2, 6, 16), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    _, routed = layer(x)
+    _, alone = layer(torch.cat([x[0], x[1, 2:]])[None])
+    balancing = BiasBalancingConfig()
+    padded = balancing([routed], {"input_ids": mask, "attention_mask": mask})
+    tokens = balancing([alone], {"input_ids": mask[:1]})
+    assert torch.equal(padded.sums["expert_counts"], tokens.sums["expert_counts"])
+    assert padded.sums["expert_counts"].sum() == 2 * mask.sum()

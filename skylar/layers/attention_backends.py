@@ -455,13 +455,13 @@ def prepare_mask(
     mask_mod, dtype = make_mask_mod(queries, keys, window), compute_dtype(x)
     plain = is_plain_causal(queries, keys, window)
     name = select_backend(backend, x, len(keys), plain=plain, dtype=dtype, dropout=dropout)
-    visible = all_visible(queries, keys, window)
-    return build_mask(name, mask_mod, queries, keys, dtype, visible)
+    useless = all_visible(queries, keys, window)
+    return build_mask(name, mask_mod, queries, keys, dtype, useless)
 
 
 def build_mask(name: str, mask_mod: MaskMod, queries: Positions, keys: Positions,
-               dtype: torch.dtype, visible: bool = False) -> AttentionMask:
-    "`mask_mod` in the form that backend `name` needs; `visible`: it masks nothing."
+               dtype: torch.dtype, useless: bool = False) -> AttentionMask:
+    "`mask_mod` in the form that backend `name` needs; `useless`: it masks nothing."
     parts = {}
     if name == "flex":
         parts["blocks"] = block_mask(mask_mod, queries, keys)
@@ -469,7 +469,7 @@ def build_mask(name: str, mask_mod: MaskMod, queries: Positions, keys: Positions
         parts["tiles"] = plan_tiles(mask_mod, queries, keys, dtype)
     elif name == "reference":
         parts["dense"] = dense_mask(mask_mod, queries, keys)
-    elif name != "sdpa_causal" and not visible:
+    elif name != "sdpa_causal" and not useless:
         parts["dense"] = to_additive_mask(dense_mask(mask_mod, queries, keys), dtype)
     return AttentionMask(backend=name, mask_mod=mask_mod, **parts)
 

@@ -52,12 +52,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor,  # (B, T, D) the residual stream
                 inputs=None, cache=None,  # for attention; None: prepared here
                 ):  # (B, T, D); with extras, if its layers have any, as a pair
-        pre, norms = self.pre_norm, (self.input_layernorm, self.post_attention_layernorm)
-        y = norms[0](x) if pre else x
-        x, extras = self.add(x, self.self_attn(y, inputs, cache))
-        x = x if pre else norms[0](x)
-        x, more = self.add(x, self.mlp(norms[1](x) if pre else x))
-        x = x if pre else norms[1](x)
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        pre = self.pre_norm
+        x, extras = self.add(x, self.self_attn(first(x) if pre else x, inputs, cache))
+        x = x if pre else first(x)
+        x, more = self.add(x, self.mlp(second(x) if pre else x))
+        x = x if pre else second(x)
         return (x, extras + more) if extras or more else x
 
     def add(self, x: Tensor, y: Tensor | tuple) -> tuple[Tensor, tuple]:

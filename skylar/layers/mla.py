@@ -29,7 +29,7 @@ def rotate_pairs(
     sin: Tensor,
     interleaved: bool = True,  # pairs are (2i, 2i + 1), not (i, i + Dr/2)
 ) -> Tensor:  # (B, H, T, Dr), first and second members of the pairs in halves
-    "RoPE on vectors whose pairs are neighbors, as DeepSeek's; halves come out."
+    "RoPE on interleaved pairs, as DeepSeek's; the result is in half-split order."
     if interleaved:
         x = x.unflatten(-1, (-1, 2)).mT.flatten(-2)
     return apply_rope(x, cos, sin)
@@ -175,7 +175,7 @@ def _init_weights(
 
 # %% ../../nbs/03_mla/00_mla.ipynb #9dd6a6f9
 class MultiHeadLatentAttention(nn.Module):
-    "Heads from a latent, RoPE in a part of its own; names as in transformers."
+    "Keys and values from a latent, a separate part for RoPE; transformers' names."
 
     prepare, init_weights = _prepare, _init_weights
     attention_form = expanded_attention
@@ -234,7 +234,7 @@ def absorption_pays(
     n_queries: int,  # T, new tokens
     n_keys: int,  # S, the new ones included
 ) -> bool:
-    "Whether the absorbed form takes fewer multiplications; always for one token."
+    "Whether the absorbed form takes fewer multiplications; always for one new token."
     if n_keys == n_queries or n_queries == 1:
         return n_keys > n_queries
     both = config.qk_nope_head_dim + config.v_head_dim
@@ -248,7 +248,7 @@ def latent_attention(
     mask: AttentionMask,
     scale: float,
 ) -> Tensor:  # (B, H, T, R)
-    "Weighted sums of latents: multi-query attention whose one KV head they are."
+    "Weighted sums of latents: multi-query attention with the latents as KV head."
     (B, H, T, R), S = q_latent.shape, latents.shape[2]
     if mask.backend not in ("single_query", "sdpa_dense"):  # one that was asked for
         factor = scale * math.sqrt(R + q_rope.shape[-1])  # kernels have 1 / √width
@@ -270,7 +270,7 @@ def absorbed_attention(
     latents: Tensor, k_rope: Tensor,  # (B, 1, S, R), (B, 1, S, Dr)
     mask: AttentionMask,
 ) -> Tensor:  # (B, H, T, Dv)
-    "As `expanded_attention`, without keys and values: W_uk meets queries, W_uv sums."
+    "As `expanded_attention`, but W_uk is applied to queries, W_uv to the sums."
     c, H = layer.config, q_nope.shape[1]
     weight = layer.kv_b_proj.weight.view(H, -1, c.kv_lora_rank)  # (H, Dn + Dv, R)
     W_uk, W_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], 1)

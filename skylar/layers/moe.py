@@ -23,7 +23,7 @@ from ..utils.checks import check_int, check_positive
 
 # %% ../../nbs/02_moe/01_moe.ipynb #bba96732
 class Dispatch(NamedTuple):
-    """Where each choice of an expert is computed: R rows, those of an expert together.
+    """The row in which each choice is computed: R rows, sorted by expert.
 
     Rows after the experts' own are zero."""
 
@@ -134,12 +134,12 @@ def grouped_linear(
 ) -> tuple[Tensor, ...]:  # (R, O / parts) each
     "`F.linear` of each expert's rows with its own weight."
     if not isinstance(counts, list) and (x.is_meta or isinstance(x, FakeTensor)):
-        counts = even_counts(len(x), len(weight))  # there are no numbers
+        counts = even_counts(len(x), len(weight))  # there are no values
     if not isinstance(counts, list) and not prefers_grouped_mm(x, weight):
         counts = counts.tolist()
     if isinstance(counts, list):
         return _GroupedLinear.apply(x, weight, bias, counts, parts)
-    ends = counts.cumsum(0).int()  # no number leaves the device
+    ends = counts.cumsum(0).int()  # no copy to the host
     y = F.grouped_mm(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
     if bias is not None:
         y = y + bias.to(x.dtype).repeat_interleave(counts, 0, output_size=len(x))
@@ -147,7 +147,7 @@ def grouped_linear(
 
 # %% ../../nbs/02_moe/01_moe.ipynb #bd32fee6
 def prefers_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    "On a GPU, which need not wait for counts, and compiled, if its conditions hold."
+    "On a GPU, or compiled in bf16; each row must be a multiple of 16 bytes."
     if any(n * x.element_size() % 16 for n in weight.shape[1:]):
         return False
     return x.is_cuda or torch.compiler.is_compiling() and x.dtype == torch.bfloat16
@@ -162,7 +162,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def even_counts(n_rows: int, n_experts: int) -> list[int]:
-    "Rows of each expert if all have as many, but for one."
+    "Rows of each expert if all have equally many, up to one."
     return [n_rows * (e + 1) // n_experts - n_rows * e // n_experts
             for e in range(n_experts)]
 
@@ -171,7 +171,7 @@ def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
     """The same with each expert's rows filled up to a `multiple`.
 
     oneDNN generates code for each new shape of a bf16 product on a CPU, which takes as
-    long as the product; this way there are few shapes."""
+    long as the product or longer; this way there are few shapes."""
     counts = dispatch.counts.tolist()
     steps = [max(multiple, 1 << max(0, n.bit_length() - 5)) for n in counts]
     filled = [-(-n // step) * step for n, step in zip(counts, steps)]
@@ -185,9 +185,9 @@ def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
 
 # %% ../../nbs/02_moe/01_moe.ipynb #b7ee0eea
 def limit(dispatch: Dispatch, capacity: int) -> Dispatch:
-    """`capacity` rows for each expert, whatever it got: later tokens are dropped.
+    """Exactly `capacity` rows for each expert; later choices are dropped.
 
-    A dropped choice has the last row, which is zero (Fedus et al. 2021, 2.2)."""
+    The row of a dropped choice is the last, which is zero (Fedus et al. 2021, 2.2)."""
     counts, n_choices = dispatch.counts, len(dispatch.source)
     E, i = len(counts), torch.arange(n_choices, device=counts.device)
     expert = torch.arange(E, device=counts.device).repeat_interleave(
@@ -321,7 +321,7 @@ from ..utils.checks import check_positive
 
 # %% ../../nbs/02_moe/05_gpt_oss.ipynb #80ef6067
 class ClampedExperts(Experts):
-    "`Experts` with biases and a clamped SwiGLU; gate and up take turns."
+    "`Experts` with biases and a clamped SwiGLU; gate and up are interleaved."
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int,
                  alpha: float, limit: float):

@@ -127,7 +127,7 @@ class RouterLossConfig:
     """Auxiliary losses of a sparse model; what `DecoderConfig.auxiliary` may be.
 
     A batch with padding has an `attention_mask` (B, T), 1 for tokens, 0 for padding,
-    which does not count. Labels of -100 do not say it: a prompt is routed, too."""
+    which does not count. Labels of -100 do not mark padding: a prompt has them."""
 
     balance: float = 0.001  # coefficient of `load_balancing_loss`
     z: float = 0.0  # coefficient of `router_z_loss`
