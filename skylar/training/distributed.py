@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,7 @@ from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'frees_blocks', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
+__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'frees_blocks', 'split_stack', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
@@ -124,13 +124,21 @@ def frees_blocks(config: ParallelConfig, blocks: nn.Module) -> bool:
         return config.reshard
     return sum(p.numel() * p.itemsize for p in blocks.parameters()) > KEPT
 
+def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
+    "Of stacked matrices (02_moe) a rank gets whole ones; rows of each, if 8 and 64 ranks."
+    if p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards:
+        return None  # dimension 0, as usual
+    return Shard(1)
+
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     "FSDP2 for every block, then for the rest: embedding, last norm and head."
     share = partial(fully_shard, mesh=mesh)
+    split = partial(split_stack, shards=mesh.size(mesh.ndim - 1))
     policy, blocks = block_policy(config.gather_dtype), objective.model.model.layers
     free = frees_blocks(config, blocks)
     for block in blocks:
-        share(block, reshard_after_forward=free, mp_policy=policy)
+        share(block, reshard_after_forward=free, mp_policy=policy,
+              shard_placement_fn=split)
     if config.gather_dtype != "float32":
         objective.register_forward_pre_hook(refuse_without_autocast)
     share(objective, reshard_after_forward=False)  # backward begins with them
