@@ -19,7 +19,7 @@ from skylar.training.distributed import ParallelConfig
 from skylar.training.expert_parallel import arrivals, share_experts, split_dim
 from skylar.training.planner import (
     blocks_of,
-    equal_from,
+    repeats,
     make_plan,
     mesh_of,
     model_config,
@@ -367,7 +367,7 @@ def test_dense_blocks_at_the_beginning_are_simulated_and_equal_ones_are_not():
     small = {"n_layers": 9, "first_dense": 2, "vocab_size": 500}
     config = replace(sparse_run(experts=2), preset="deepseek-test", model=small)
     blocks = blocks_of(config)
-    assert equal_from(blocks) == 2 and equal_from(blocks[:2]) == 0
+    assert repeats(blocks) == (2, 1) and repeats(blocks[:2]) == (0, 1)
     line, whole = simulate_any_depth(config, 4, True), fake(config, 4)
     assert peak(line) == pytest.approx(peak(whole), rel=1e-3)
     for kind in ("parameters", "gradients", "optimizer", "activations"):

@@ -244,8 +244,10 @@ def expert_mesh(self, device_type: str, world_size: int) -> DeviceMesh:
     "The data ranks once more, as replicas x shards x experts."
     shards = world_size // (self.replicas * self.experts)
     names = "expert_replicas", "expert_shards", "experts"
-    return init_device_mesh(device_type, (self.replicas, shards, self.experts),
+    mesh = init_device_mesh(device_type, (self.replicas, shards, self.experts),
                             mesh_dim_names=names)
+    mesh[names[1:]]._flatten("all_experts")  # one sum for a gradient norm, not two
+    return mesh
 
 # %% ../../nbs/02_moe/04_expert_parallel.ipynb #33788282
 def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Module]:
@@ -259,8 +261,7 @@ def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Mod
                                    shards=mesh[shards].size()))
     found = share_experts(objective.model, mesh[experts])
     for module in found:
-        if config.compile_blocks:  # but not the exchange: its sizes depend on data
-            module.compute = torch.compiler.disable(module.compute)
+        module.compute = torch.compiler.disable(module.compute)  # sizes depend on data
         share(module)
     return found
 

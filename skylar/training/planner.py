@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GIB', 'OVERHEAD', 'RESERVE_GIB', 'MESHES', 'model_config', 'build_step', 'batches', 'take_two_steps', 'watch',
-           'fake_job', 'simulate', 'at_depth', 'plain_run', 'blocks_of', 'equal_from', 'simulate_any_depth',
+           'fake_job', 'simulate', 'at_depth', 'plain_run', 'blocks_of', 'repeats', 'depths', 'simulate_any_depth',
            'as_settings', 'predict', 'resident_peak', 'measure', 'free_memory', 'Plan', 'make_plan', 'mesh_of',
-           'with_recompute', 'with_experts', 'with_each', 'candidates', 'least_bytes', 'find_plan', 'remedies',
-           'verdict', 'plan_row']
+           'with_recompute', 'with_experts', 'with_each', 'candidates', 'block_bytes', 'least_bytes', 'may_fit',
+           'find_plan', 'remedies', 'flags_of', 'verdict', 'plan_row']
 
 # %% ../../nbs/library/plans.ipynb #d831157f
 import gc
@@ -31,6 +31,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import skylar
+from ..layers import moe
+from ..layers.moe import Experts
 from ..models.decoder import CausalLM, as_decoder, count_parameters
 from ..models.presets import get_config
 from .distributed import ParallelConfig
@@ -163,12 +165,18 @@ def fake_job(n_processes: int, ledger) -> Iterator[None]:
         yield
 
 
+def _prefers_on_gpu(x, weight) -> bool:
+    return x.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
+
+
 def simulate(config: RunConfig, n_processes: int = 1, gpu: bool = False) -> dict:
     """Bytes of one process by kind, `sizes` and at the worst moment of each phase.
 
     It changes global state of PyTorch: call it through `predict`, in a process of its own."""
-    ledger = FakeLedger()
-    with fake_job(n_processes, ledger):
+    ledger, prefers = FakeLedger(), moe.prefers_grouped_mm
+    if gpu:  # there, a grouped product takes all experts' weights, cast, and keeps them
+        prefers = _prefers_on_gpu
+    with fake_job(n_processes, ledger), mock.patch.object(moe, "prefers_grouped_mm", prefers):
         take_two_steps(config, n_processes, ledger, gpu)
     return ledger.summary()
 
@@ -199,18 +207,29 @@ def blocks_of(config: RunConfig) -> tuple:
     return tuple(as_decoder(model_config(config)).blocks)
 
 
-def equal_from(blocks: tuple) -> int:
-    "The index from which all blocks are equal; DeepSeek-V3 begins with three others."
-    n = len(blocks)
-    while n and blocks[n - 1] == blocks[-1]:
-        n -= 1
-    return n
+def repeats(blocks: tuple) -> tuple[int, int]:
+    "(start, period): from `start` on, blocks repeat; gpt-oss's in pairs, DeepSeek-V3's after 3."
+    n, best = len(blocks), (len(blocks), 1)
+    for period in range(1, 1 + n // 2):
+        start = n - period
+        while start and blocks[start - 1] == blocks[start - 1 + period]:
+            start -= 1
+        best = min(best, (start, period), key=lambda found: found[0] + 5 * found[1])
+    return best
 
 
-def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool, shallow=(3, 5)) -> dict:
-    "As `simulate`; equal blocks at the end are not all simulated."
+def depths(blocks: tuple) -> tuple[int, int]:
+    "Two numbers of blocks, between which memory is a straight line up to that of all."
+    start, period = repeats(blocks)
+    begin = start + (len(blocks) - start) % period
+    few = -(-3 // period)  # of periods; a block's neighbors are gathered, too
+    return begin + few * period, begin + (few + -(-2 // period)) * period
+
+
+def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool) -> dict:
+    "As `simulate`; blocks that repeat up to the end are not all simulated."
     config, blocks = plain_run(config, gpu), blocks_of(config)
-    few, more = (equal_from(blocks) + n for n in shallow)
+    few, more = depths(blocks)
     if len(blocks) <= more + 1 or blocks_of(at_depth(config, more)) != blocks[:more]:
         return simulate(config, n_processes, gpu)
     low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in (few, more))
@@ -415,10 +434,32 @@ def candidates(config: RunConfig, gpus: int | None, sequences: int | None) -> It
             yield shared, n
 
 
+def block_bytes(config: RunConfig) -> float:
+    "Weights of the largest block as a rank gathers them, and as many gradients."
+    p, decoder, largest = config.parallel, as_decoder(model_config(config)), 0.0
+    for kind in set(decoder.blocks):
+        with torch.device("meta"):
+            block = kind.build(decoder.d_model)
+        experts = [m for m in block.modules() if isinstance(m, Experts)]
+        shared = sum(p.numel() for m in experts for p in m.parameters())
+        all_ = sum(p.numel() for p in block.parameters())
+        largest = max(largest, (all_ - shared + shared / p.experts) / p.tensor)
+    return 2 * largest * (4 if p.gather_dtype == "float32" else 2)
+
+
 def least_bytes(config: RunConfig, gpus: int) -> float:
-    "A bound: fp32 weights, gradients and at least one moment, sharded."
-    shards = 1 if config.parallel.strategy == "ddp" else gpus // config.parallel.replicas
-    return 12 * count_parameters(model_config(config)) / max(1, shards)
+    "A bound: sharded weights, moments and gradients; or, of the latter, one whole block's."
+    p, moments = config.parallel, 1 if config.optimizer.kind == "muon" else 2
+    shards = 1 if p.strategy == "ddp" else max(1, gpus // p.replicas)
+    each = 4 * count_parameters(model_config(config)) / shards
+    whole = block_bytes(config) if shards > p.tensor else 0
+    return max((2 + moments) * each, (1 + moments) * each + whole)
+
+
+def may_fit(config: RunConfig, gpus: int, gpu: str) -> bool:
+    "Whether a simulation could say so."
+    sizes = {"phases": {"bound": {"bound": least_bytes(config, gpus)}}}
+    return Plan(config=config, gpus=gpus, gpu=gpu, memory=sizes).fits
 
 
 def find_plan(
@@ -430,11 +471,10 @@ def find_plan(
     check_int(**{} if gpus is None else {"gpus": gpus})
     check_int(**{} if sequences is None else {"sequences": sequences})
     check_context(config.loader.seq_len, model_config(config).max_seq_len)
-    kind, plan = find_accelerator(gpu), None
-    capacity = free_memory() if kind.name == "cpu" else kind.memory_gib * GIB
-    for one, n in candidates(config, gpus, sequences):
-        if gpus is None and least_bytes(one, n) > capacity:
-            continue
+    tried = list(candidates(config, gpus, sequences))
+    kind, plan = find_accelerator(gpu).name, None
+    possible = [c for c in tried if may_fit(*c, kind)]
+    for one, n in possible or tried[-1:] * (gpus is not None):
         plan = make_plan(one, n, gpu)
         if plan.fits:
             return plan
@@ -448,21 +488,26 @@ def find_plan(
 def remedies(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
     "Changes that make a run need less memory on a GPU, the mildest first."
     config, (_, parts) = plan.config, plan.config.parallel.data_ranks(0, plan.gpus)
-    flags = "--parallel.recompute true"
     if not config.parallel.recompute:
         config = with_recompute(config)
-        yield flags, config, plan.gpus
+        yield flags_of(config), config, plan.gpus
     if shared := with_experts(config, plan.gpus):
-        config, flags = shared, f"{flags} --parallel.experts {shared.parallel.experts}"
-        yield flags, config, plan.gpus
+        config = shared
+        yield flags_of(config), config, plan.gpus
     if config.loader.batch_size > parts:
         config = with_each(config, plan.gpus)
-        yield (f"{flags} --loader.batch_size {parts} (and more --train.grad_accum_steps)",
-               config, plan.gpus)
+        yield (f"{flags_of(config)} --loader.batch_size {parts} (and more "
+               "--train.grad_accum_steps)", config, plan.gpus)
     if config.parallel.strategy == "fsdp" and plan.gpu != "cpu":
-        for n in (m for m in MESHES if m > plan.gpus):
-            if least_bytes(config, n) < plan.capacity and n % plan.gpus == 0:
-                yield f"--gpus {n} with recomputation", with_each(config, n), n
+        for n in (m for m in MESHES if m > plan.gpus and m % plan.gpus == 0):
+            wide = with_each(with_experts(config, n) or config, n)
+            yield f"--gpus {n} {flags_of(wide)}", wide, n
+
+
+def flags_of(config: RunConfig) -> str:
+    "What `remedies` turns on."
+    experts = config.parallel.experts
+    return "--parallel.recompute true" + f" --parallel.experts {experts}" * (experts > 1)
 
 
 def verdict(plan: Plan) -> str:
@@ -474,7 +519,8 @@ def verdict(plan: Plan) -> str:
     kind = max(kinds, key=kinds.get)
     why = (f"does not fit: needs {need:.1f} of {capacity:.1f} GiB on each {plan.gpu}, most of "
            f"it {kind} ({kinds[kind] / GIB:.1f} GiB in the {phase} phase)")
-    for text, config, gpus in list(remedies(plan))[:4]:
+    possible = [r for r in remedies(plan) if may_fit(*r[1:], plan.gpu)]
+    for text, config, gpus in possible[:4]:
         better = make_plan(config, gpus, plan.gpu)
         if better.fits:
             return f"{why}; {text} fits ({better.need / GIB:.1f} GiB)"
