@@ -2525,6 +2525,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'skylar.training.planner._run_child': ( 'library/plans.html#_run_child',
                                                                                  'skylar/training/planner.py'),
                                          'skylar.training.planner._seen': ('library/plans.html#_seen', 'skylar/training/planner.py'),
+                                         'skylar.training.planner._shrinks': ('library/plans.html#_shrinks', 'skylar/training/planner.py'),
                                          'skylar.training.planner._status': ('library/plans.html#_status', 'skylar/training/planner.py'),
                                          'skylar.training.planner._unseen': ('library/plans.html#_unseen', 'skylar/training/planner.py'),
                                          'skylar.training.planner.as_settings': ( 'library/plans.html#as_settings',

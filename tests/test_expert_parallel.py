@@ -12,6 +12,8 @@ import torch.distributed as dist
 from test_distributed import torchrun
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from skylar.layers.moe import ClampedExperts, Experts, sort_by_expert
 from skylar.models.decoder import count_parameters
@@ -31,6 +33,7 @@ from skylar.training.planner import (
 )
 from skylar.training.run import LoaderConfig, RunConfig, TrainConfig
 from skylar.utils.lesson import Workers
+from skylar.utils.processes import WholeDraws, own_matrices
 
 WORKER = Path(__file__).with_name("expert_worker.py")
 
@@ -104,6 +107,12 @@ def test_experts_that_do_not_divide_are_split_by_rows(runs, tmp_path, optimizer,
     assert_same_run(train(tmp_path, 4, experts=2, **model), runs(**model))
 
 
+def test_plain_fsdp_of_fewer_experts_than_ranks_splits_their_rows(runs, tmp_path):
+    found = train(tmp_path, 4, n_experts=3)
+    assert_same_run(found, runs(n_experts=3))
+    assert found["local_experts"] == 3  # a quarter of each, where the fourth rank had none
+
+
 def test_blocks_are_compiled_around_the_exchange(runs, tmp_path):
     assert_same_run(train(tmp_path, 2, experts=2, compile_blocks=True), runs())
 
@@ -121,10 +130,11 @@ def test_an_expert_without_tokens_on_any_rank(runs, tmp_path):
 
 
 def test_from_meta_the_first_weights_do_not_depend_on_the_number_of_ranks(tmp_path):
-    two = train(tmp_path, 2, experts=2, meta=True, steps=1)
-    four = train(tmp_path, 4, experts=4, meta=True, steps=1)
-    for name, weight in two["start"].items():
-        assert torch.equal(four["start"][name], weight) and weight.abs().max() > 0
+    one, *others = (train(tmp_path, n, meta=True, steps=1, **settings) for n, settings in (
+        (1, {}), (2, {"experts": 2}), (4, {"experts": 4}), (4, {"experts": 2})))
+    for name, weight in one["start"].items():
+        assert weight.abs().max() > 0
+        assert all(torch.equal(found["start"][name], weight) for found in others)
 
 
 def test_bf16_gathers_stay_close_to_autocast_alone(runs, tmp_path):
@@ -289,6 +299,41 @@ def test_whole_experts_are_sharded_where_they_divide(shape, ranks, shards, dim):
 def test_what_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="neither 3 experts of a rank nor 10 rows divide by 4"):
         split_dim(torch.empty(6, 10, 16), 2, 4)
+
+
+def test_stacked_matrices_are_drawn_one_by_one_with_the_numbers_of_the_stack():
+    torch.manual_seed(0)
+    plain = torch.empty(5, 4, 12).normal_(std=0.3)  # 48 numbers a matrix: a multiple of 16
+    torch.manual_seed(0)
+    with WholeDraws():
+        drawn = torch.empty(5, 4, 12).normal_(std=0.3)
+    assert torch.equal(drawn, plain)
+
+
+class Stack:
+    "As much of a DTensor as tells which matrices are here."
+
+    def __init__(self, n: int, coordinates: tuple, sizes: tuple, *placements):
+        self.n, self.placements, self.device_mesh = n, placements, self
+        self.coordinates, self.sizes = coordinates, sizes
+
+    def __len__(self):
+        return self.n
+
+    def size(self, i):
+        return self.sizes[i]
+
+    def get_local_rank(self, i):
+        return self.coordinates[i]
+
+
+def test_which_matrices_of_a_stack_are_here():
+    rows = Shard(1), Shard(0)
+    assert own_matrices(Stack(8, (1, 3), (2, 4), *rows)) == range(6, 8)
+    strided = _StridedShard(0, split_factor=4), Shard(0)
+    assert own_matrices(Stack(8, (1, 3), (2, 4), *strided)) == range(7, 8)
+    assert list(own_matrices(Stack(3, (3,), (4,), Shard(0)))) == []
+    assert own_matrices(Stack(3, (1, 0), (2, 4), Replicate(), Shard(0))) == range(1)
 
 
 class Mesh:

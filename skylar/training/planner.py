@@ -232,8 +232,18 @@ def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool) -> dict:
     few, more = depths(blocks)
     if len(blocks) <= more + 1 or blocks_of(at_depth(config, more)) != blocks[:more]:
         return simulate(config, n_processes, gpu)
+    step = more - few
     low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in (few, more))
-    return _line(low, high, (len(blocks) - few) / (more - few))
+    while _shrinks(low, high) and more + step < len(blocks):
+        few, more, low = more, more + step, high  # the worst moment is another one by now
+        high = simulate(at_depth(config, more), n_processes, gpu)
+    return _line(low, high, (len(blocks) - few) / step)
+
+
+def _shrinks(low: dict, high: dict) -> bool:
+    "Whether some kind takes less at the worst moment of a phase when blocks are added."
+    return any(high["phases"][phase].get(kind, 0) < 0.9 * size - 2**20
+               for phase, kinds in low["phases"].items() for kind, size in kinds.items())
 
 # %% ../../nbs/library/plans.ipynb #bae95d17
 _CHILD = "from skylar.training.planner import _answer; _answer()"
