@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from unittest import mock
 
@@ -427,7 +429,7 @@ def with_each(config: RunConfig, gpus: int, sequences: int = 1) -> RunConfig:
 
 # %% ../../nbs/library/plans.ipynb #dcf95d4b
 def candidates(config: RunConfig, gpus: int | None, sequences: int | None) -> Iterator[tuple]:
-    "(config, gpus) to try, the cheapest first; without `sequences` the config as it is."
+    "(config, gpus) to try, the mildest first; without `sequences` the config as it is."
     free = sequences is not None
     for n in MESHES if gpus is None else (gpus,):
         try:
@@ -477,17 +479,19 @@ def find_plan(
     gpus: int | None = None,  # None: as few as fit
     sequences: int | None = 1,  # of a GPU's micro-batch; recomputes if need be; None: as it is
 ) -> Plan:
-    "The first candidate that fits, or the last one tried."
+    "The mildest candidate on the fewest GPUs that fits, or the last one tried."
     check_int(**{} if gpus is None else {"gpus": gpus})
     check_int(**{} if sequences is None else {"sequences": sequences})
     check_context(config.loader.seq_len, model_config(config).max_seq_len)
     tried = list(candidates(config, gpus, sequences))
     kind, plan = find_accelerator(gpu).name, None
     possible = [c for c in tried if may_fit(*c, kind)]
-    for one, n in possible or tried[-1:] * (gpus is not None):
-        plan = make_plan(one, n, gpu)
+    for n, same in groupby(possible or tried[-1:] * (gpus is not None), key=itemgetter(1)):
+        *milder, (last, _) = same
+        plan = make_plan(last, n, gpu)  # it needs least: if it does not fit, none does
         if plan.fits:
-            return plan
+            others = (make_plan(one, n, gpu) for one, _ in milder)
+            return next((other for other in others if other.fits), plan)
     if plan is None:
         raise ValueError(f"no number of GPUs up to {MESHES[-1]} divides "
                          f"loader.batch_size={config.loader.batch_size} and could hold the "
