@@ -21,12 +21,12 @@ from skylar.training.distributed import ParallelConfig
 from skylar.training.expert_parallel import arrivals, share_experts, split_dim
 from skylar.training.planner import (
     blocks_of,
-    repeats,
     make_plan,
     mesh_of,
     model_config,
     plain_run,
     remedies,
+    repeats,
     simulate,
     simulate_any_depth,
     with_experts,
