@@ -37,6 +37,18 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_a_run_goes_on_at_another_number_of_processes",
         "test_a_batch_that_does_not_divide_is_refused_before_anything_is_written",
     },
+    "test_expert_parallel": {
+        "test_a_run_goes_on_at_another_number_of_ranks",
+        "test_an_expert_without_tokens_on_any_rank",
+        "test_bf16_gathers_stay_close_to_autocast_alone",
+        "test_biases_of_experts_and_of_routers",
+        "test_from_meta_the_first_weights_do_not_depend_on_the_number_of_ranks",
+        "test_blocks_are_compiled_around_the_exchange",
+        "test_experts_that_do_not_divide_are_split_by_rows",
+        "test_plain_fsdp_of_fewer_experts_than_ranks_splits_their_rows",
+        "test_resumed_at_the_same_number_of_ranks_bit_for_bit",
+        "test_the_same_run_as_alone_at_unequal_target_counts",
+    },
     "test_cli": {"test_a_stopped_run_goes_on_as_if_nothing_had_happened"},
     "test_family": {"test_a_compiled_training_step_has_the_same_gradients"},
     "test_guard": {

@@ -36,6 +36,7 @@ from skylar.utils.accelerators import ACCELERATORS, find_accelerator
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "# mesh:" in p.read_text())
+SPARSE = {"mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "deepseek-v3"}
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 
@@ -233,9 +234,12 @@ def test_pretrain_takes_every_recipe(path, capsys):
 
 def test_there_is_a_recipe_for_every_preset_and_the_stored_plans_are_of_it():
     presets = {yaml.safe_load(p.read_text())["preset"]: p for p in RECIPES}
-    assert {*presets, "test"} == set(DENSE)
-    rows = json.loads((ROOT / "bench/results/plan_presets.json").read_text())["rows"]
-    assert {row["preset"] for row in rows} == set(presets)
+    assert {*presets, "test"} == {*DENSE, *SPARSE}
+    dense, sparse = (json.loads((ROOT / f"bench/results/{name}.json").read_text())["rows"]
+                     for name in ("plan_presets", "plan_sparse"))
+    assert {row["preset"] for row in sparse} == SPARSE
+    assert {row["preset"] for row in dense} == set(presets) - SPARSE
+    rows = dense + sparse
     for row in rows:
         config = build_config(RunConfig, yaml.safe_load(presets[row["preset"]].read_text()))
         assert row["fits"] and row["batch"] == config.loader.batch_size

@@ -133,10 +133,11 @@ def grouped_linear(
     parts: int = 1,  # halves, thirds, ... of the outputs
 ) -> tuple[Tensor, ...]:  # (R, O / parts) each
     "`F.linear` of each expert's rows with its own weight."
-    if not isinstance(counts, list) and (x.is_meta or isinstance(x, FakeTensor)):
-        counts = even_counts(len(x), len(weight))  # there are no values
     if not isinstance(counts, list) and not prefers_grouped_mm(x, weight):
-        counts = counts.tolist()
+        if x.is_meta or isinstance(x, FakeTensor):  # no values: one stands for all
+            counts = even_counts(len(x), len(weight))[:1]
+        else:
+            counts = counts.tolist()
     if isinstance(counts, list):
         return _GroupedLinear.apply(x, weight, bias, counts, parts)
     ends = counts.cumsum(0).int()  # no copy to the host

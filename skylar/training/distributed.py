@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +25,7 @@ from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices',
-           'frees_blocks', 'blocks_of', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig']
+__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'frees_blocks', 'blocks_of', 'split_stack', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
@@ -130,13 +129,21 @@ def blocks_of(objective: nn.Module) -> nn.ModuleList:
     "The model's, and those that an objective adds."
     return nn.ModuleList(m for m in objective.modules() if isinstance(m, Block))
 
+def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
+    "Of stacked matrices (02_moe) a rank gets whole ones; rows of each, if 8 and 64 ranks."
+    if p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards:
+        return None  # dimension 0, as usual
+    return Shard(1)
+
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     "FSDP2 for every block, then for the rest: embedding, last norm and head."
     share = partial(fully_shard, mesh=mesh)
+    split = partial(split_stack, shards=mesh.size(mesh.ndim - 1))
     policy, blocks = block_policy(config.gather_dtype), blocks_of(objective)
     free = frees_blocks(config, blocks)
     for block in blocks:
-        share(block, reshard_after_forward=free, mp_policy=policy)
+        share(block, reshard_after_forward=free, mp_policy=policy,
+              shard_placement_fn=split)
     if config.gather_dtype != "float32":
         objective.register_forward_pre_hook(refuse_without_autocast)
     share(objective, reshard_after_forward=False)  # backward begins with them
@@ -171,10 +178,13 @@ def check_parallel(c) -> None:
     "`ValueError` for the first setting of a `ParallelConfig` that is out of range."
     check_choice("strategy", c.strategy, ("fsdp", "ddp"))
     check_choice("gather_dtype", c.gather_dtype, ("float32", "bfloat16"))
-    check_int(1, replicas=c.replicas, tensor=c.tensor)
-    if c.strategy == "ddp" and (c.replicas, c.tensor) != (1, 1):
-        raise ValueError("strategy='ddp' copies the model to every rank: replicas and "
-                         "tensor are for strategy='fsdp'")
+    check_int(1, replicas=c.replicas, experts=c.experts, tensor=c.tensor)
+    if c.strategy == "ddp" and (c.replicas, c.experts, c.tensor) != (1, 1, 1):
+        raise ValueError("strategy='ddp' copies the model to every rank: replicas, "
+                         "experts and tensor are for strategy='fsdp'")
+    if c.experts > 1 and c.tensor > 1:
+        raise ValueError(f"experts={c.experts} and tensor={c.tensor} do not go together "
+                         "yet; set one of them to 1")
     if c.strategy == "ddp" and c.gather_dtype != "float32":
         raise ValueError("strategy='ddp' gathers no weights: gather_dtype is for "
                          "strategy='fsdp'")
@@ -194,7 +204,7 @@ def apply_parallel(c, objective: nn.Module, device: torch.device, seed: int):
     if c.strategy == "ddp":
         return CopiedRun(objective, device, seed)
     mesh = c.mesh(device.type, dist.get_world_size())
-    shared = ShardedRun(objective, mesh, c, *ranks)
+    shared = c.run(objective, mesh, c, *ranks)
     place(objective, device, seed)
     return shared
 
@@ -205,6 +215,7 @@ class ParallelConfig:
 
     strategy: Literal["fsdp", "ddp"] = "fsdp"  # shard the model, or copy it
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
+    experts: int = 1  # fsdp: ranks that share the experts of each layer (02_moe/04)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
     # fsdp: free a block's weights after forward (ZeRO-3); null: if all take over 256 MB
     reshard: bool | None = None
@@ -212,7 +223,7 @@ class ParallelConfig:
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block
 
-    __post_init__, apply = check_parallel, apply_parallel
+    __post_init__, apply, run = check_parallel, apply_parallel, ShardedRun
 
     def mesh(self, device_type: str, world_size: int) -> DeviceMesh:
         "Ranks as replicas x shards x tensor."
@@ -222,9 +233,62 @@ class ParallelConfig:
 
     def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
         "Which of how many parts of the batches `rank` reads; may be refused."
-        if world_size % (self.replicas * self.tensor):
+        if world_size % (self.replicas * self.experts * self.tensor):
+            experts = f" times experts={self.experts}" if self.experts > 1 else ""
             raise ValueError(
                 f"{world_size} processes do not divide by replicas={self.replicas} "
-                f"times tensor={self.tensor}; start another number, or change one of "
-                "them")
+                f"times tensor={self.tensor}{experts}; start another number, or change "
+                "one of them")
         return rank // self.tensor, world_size // self.tensor
+
+# %% ../../nbs/02_moe/04_expert_parallel.ipynb #6b673363
+from .expert_parallel import share_experts, split_dim
+
+
+def expert_mesh(self, device_type: str, world_size: int) -> DeviceMesh:
+    "The data ranks once more, as replicas x shards x experts."
+    shards = world_size // (self.replicas * self.experts)
+    names = "expert_replicas", "expert_shards", "experts"
+    mesh = init_device_mesh(device_type, (self.replicas, shards, self.experts),
+                            mesh_dim_names=names)
+    mesh[names[1:]]._flatten("all_experts")  # one sum for a gradient norm, not two
+    return mesh
+
+# %% ../../nbs/02_moe/04_expert_parallel.ipynb #33788282
+def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Module]:
+    "Experts among the last dimension of `mesh`, FSDP2 among the others."
+    replicas, shards, experts = mesh.mesh_dim_names
+    data = mesh[replicas, shards] if config.replicas > 1 else mesh[shards]
+    share = partial(
+        fully_shard, mesh=data, mp_policy=block_policy(config.gather_dtype),
+        reshard_after_forward=frees_blocks(config, objective.model.model.layers),
+        shard_placement_fn=partial(split_dim, W=config.experts,
+                                   shards=mesh[shards].size()))
+    found = share_experts(objective.model, mesh[experts])
+    for module in found:
+        module.compute = torch.compiler.disable(module.compute)  # sizes depend on data
+        share(module)
+    return found
+
+# %% ../../nbs/02_moe/04_expert_parallel.ipynb #f12c4f90
+class ExpertRun(ShardedRun):
+    "`ShardedRun` that shares experts, too, if `config.experts` is above 1."
+
+    def __init__(self, objective, mesh: DeviceMesh, config: ParallelConfig, *ranks):
+        self.summed_over, found = config.experts, []
+        if config.experts > 1:  # first: what FSDP has taken, a block's FSDP leaves out
+            grid = config.expert_mesh(mesh.device_type, dist.get_world_size())
+            found = shard_experts(objective, grid, config)
+        super().__init__(objective, mesh, config, *ranks)
+        self.experts = [p for module in found for p in module.parameters()]
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        "Once a step: gradients of experts are of the tokens of several ranks."
+        super().finish_gradients()
+        for p in self.experts:
+            if p.grad is not None:
+                p.grad.to_local().div_(self.summed_over)
+
+
+ParallelConfig.run, ParallelConfig.expert_mesh = ExpertRun, expert_mesh

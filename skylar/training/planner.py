@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['GIB', 'OVERHEAD', 'RESERVE_GIB', 'MESHES', 'model_config', 'build_step', 'batches', 'take_two_steps', 'watch',
-           'fake_job', 'simulate', 'at_depth', 'plain_run', 'simulate_any_depth', 'as_settings', 'predict',
-           'resident_peak', 'measure', 'free_memory', 'Plan', 'make_plan', 'mesh_of', 'with_recompute', 'with_each',
-           'candidates', 'least_bytes', 'find_plan', 'remedies', 'verdict', 'plan_row']
+           'fake_job', 'simulate', 'at_depth', 'plain_run', 'blocks_of', 'repeats', 'depths', 'simulate_any_depth',
+           'as_settings', 'predict', 'resident_peak', 'measure', 'free_memory', 'Plan', 'make_plan', 'mesh_of',
+           'with_recompute', 'with_experts', 'with_each', 'candidates', 'block_bytes', 'least_bytes', 'may_fit',
+           'find_plan', 'remedies', 'flags_of', 'verdict', 'plan_row']
 
 # %% ../../nbs/library/plans.ipynb #d831157f
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from unittest import mock
 
@@ -29,6 +33,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import skylar
+from ..layers import moe
+from ..layers.moe import Experts
 from ..models.decoder import CausalLM, as_decoder, count_parameters
 from ..models.presets import get_config
 from .distributed import ParallelConfig
@@ -149,7 +155,8 @@ def fake_job(n_processes: int, ledger) -> Iterator[None]:
         if n_processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
             stack.callback(dist.destroy_process_group)
-        for kind, name in ((ParallelConfig, "mesh"), (DeviceMesh, "__init__")):
+        for kind, name in ((ParallelConfig, "mesh"), (ParallelConfig, "expert_mesh"),
+                           (DeviceMesh, "__init__")):
             stack.enter_context(mock.patch.object(kind, name, _apart(getattr(kind, name))))
         stack.enter_context(mock.patch.object(
             ShardingPropagator, find, _unseen(getattr(ShardingPropagator, find), ledger)))
@@ -160,12 +167,18 @@ def fake_job(n_processes: int, ledger) -> Iterator[None]:
         yield
 
 
+def _prefers_on_gpu(x, weight) -> bool:
+    return x.dtype == torch.bfloat16 and not any(n % 8 for n in weight.shape[1:])
+
+
 def simulate(config: RunConfig, n_processes: int = 1, gpu: bool = False) -> dict:
     """Bytes of one process by kind, `sizes` and at the worst moment of each phase.
 
     It changes global state of PyTorch: call it through `predict`, in a process of its own."""
-    ledger = FakeLedger()
-    with fake_job(n_processes, ledger):
+    ledger, prefers = FakeLedger(), moe.prefers_grouped_mm
+    if gpu:  # there, a grouped product takes all experts' weights, cast, and keeps them
+        prefers = _prefers_on_gpu
+    with fake_job(n_processes, ledger), mock.patch.object(moe, "prefers_grouped_mm", prefers):
         take_two_steps(config, n_processes, ledger, gpu)
     return ledger.summary()
 
@@ -191,13 +204,48 @@ def plain_run(config: RunConfig, gpu: bool) -> RunConfig:
     return replace(config, train=train, parallel=parallel)
 
 
-def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool, shallow=(3, 5)) -> dict:
-    "As `simulate`; equal blocks are not all simulated."
-    config, blocks = plain_run(config, gpu), as_decoder(model_config(config)).blocks
-    if len(blocks) <= shallow[1] + 1 or len(set(blocks)) > 1:
+def blocks_of(config: RunConfig) -> tuple:
+    "The configs of a run's blocks."
+    return tuple(as_decoder(model_config(config)).blocks)
+
+
+def repeats(blocks: tuple) -> tuple[int, int]:
+    "(start, period): from `start` on, blocks repeat; gpt-oss's in pairs, DeepSeek-V3's after 3."
+    n, best = len(blocks), (len(blocks), 1)
+    for period in range(1, 1 + n // 2):
+        start = n - period
+        while start and blocks[start - 1] == blocks[start - 1 + period]:
+            start -= 1
+        best = min(best, (start, period), key=lambda found: found[0] + 5 * found[1])
+    return best
+
+
+def depths(blocks: tuple) -> tuple[int, int]:
+    "Two numbers of blocks, between which memory is a straight line up to that of all."
+    start, period = repeats(blocks)
+    begin = start + (len(blocks) - start) % period
+    few = -(-3 // period)  # of periods; a block's neighbors are gathered, too
+    return begin + few * period, begin + (few + -(-2 // period)) * period
+
+
+def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool) -> dict:
+    "As `simulate`; blocks that repeat up to the end are not all simulated."
+    config, blocks = plain_run(config, gpu), blocks_of(config)
+    few, more = depths(blocks)
+    if len(blocks) <= more + 1 or blocks_of(at_depth(config, more)) != blocks[:more]:
         return simulate(config, n_processes, gpu)
-    low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in shallow)
-    return _line(low, high, (len(blocks) - shallow[0]) / (shallow[1] - shallow[0]))
+    step = more - few
+    low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in (few, more))
+    while _shrinks(low, high) and more + step < len(blocks):
+        few, more, low = more, more + step, high  # the worst moment is another one by now
+        high = simulate(at_depth(config, more), n_processes, gpu)
+    return _line(low, high, (len(blocks) - few) / step)
+
+
+def _shrinks(low: dict, high: dict) -> bool:
+    "Whether some kind takes less at the worst moment of a phase when blocks are added."
+    return any(high["phases"][phase].get(kind, 0) < 0.9 * size - 2**20
+               for phase, kinds in low["phases"].items() for kind, size in kinds.items())
 
 # %% ../../nbs/library/plans.ipynb #bae95d17
 _CHILD = "from skylar.training.planner import _answer; _answer()"
@@ -349,6 +397,8 @@ def mesh_of(plan: Plan) -> str:
         words = [f"ddp {n}" if n > 1 else "1"]
     else:
         words = [f"fsdp {n // (p.replicas * p.tensor)}"]
+        words += [f"(experts: {n // (p.replicas * p.experts)} x ep {p.experts})"] * (
+            p.experts > 1)
         words += [f"x {p.replicas} replicas"] * (p.replicas > 1)
         words += [f"x tp {p.tensor}"] * (p.tensor > 1)
     return " ".join(words + ["recompute"] * p.recompute)
@@ -358,6 +408,20 @@ def with_recompute(config: RunConfig) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, recompute=True))
 
 
+def with_experts(config: RunConfig, gpus: int) -> RunConfig | None:
+    "Experts shared among as many GPUs as possible; None: there are none, or they are."
+    p, width = config.parallel, as_decoder(model_config(config)).d_model
+    sparse = [b.ffn for b in blocks_of(config) if hasattr(b.ffn, "router")]
+    if not sparse or p.strategy != "fsdp" or (p.experts, p.tensor) != (1, 1):
+        return None
+    counts = [ffn.router.n_experts for ffn in sparse]
+    share = math.gcd(*counts, gpus // p.replicas)
+    shards = gpus // p.replicas // share  # they split whole experts, or rows of each
+    rows = [width, *(2 * ffn.d_ff for ffn in sparse)]
+    divides = all(n // share % shards == 0 for n in counts) or not any(n % shards for n in rows)
+    return replace(config, parallel=replace(p, experts=share)) if share > 1 and divides else None
+
+
 def with_each(config: RunConfig, gpus: int, sequences: int = 1) -> RunConfig:
     "So many sequences for each data rank and micro-batch."
     _, parts = config.parallel.data_ranks(0, gpus)
@@ -365,7 +429,7 @@ def with_each(config: RunConfig, gpus: int, sequences: int = 1) -> RunConfig:
 
 # %% ../../nbs/library/plans.ipynb #dcf95d4b
 def candidates(config: RunConfig, gpus: int | None, sequences: int | None) -> Iterator[tuple]:
-    "(config, gpus) to try, the cheapest first; without `sequences` the config as it is."
+    "(config, gpus) to try, the mildest first; without `sequences` the config as it is."
     free = sequences is not None
     for n in MESHES if gpus is None else (gpus,):
         try:
@@ -378,12 +442,36 @@ def candidates(config: RunConfig, gpus: int | None, sequences: int | None) -> It
         yield one, n
         if free and not config.parallel.recompute:
             yield with_recompute(one), n
+        if free and (shared := with_experts(with_recompute(one), n)):
+            yield shared, n
+
+
+def block_bytes(config: RunConfig) -> float:
+    "Weights of the largest block as a rank gathers them, and as many gradients."
+    p, decoder, largest = config.parallel, as_decoder(model_config(config)), 0.0
+    for kind in set(decoder.blocks):
+        with torch.device("meta"):
+            block = kind.build(decoder.d_model)
+        experts = [m for m in block.modules() if isinstance(m, Experts)]
+        shared = sum(p.numel() for m in experts for p in m.parameters())
+        all_ = sum(p.numel() for p in block.parameters())
+        largest = max(largest, (all_ - shared + shared / p.experts) / p.tensor)
+    return 2 * largest * (4 if p.gather_dtype == "float32" else 2)
 
 
 def least_bytes(config: RunConfig, gpus: int) -> float:
-    "A bound: fp32 weights, gradients and at least one moment, sharded."
-    shards = 1 if config.parallel.strategy == "ddp" else gpus // config.parallel.replicas
-    return 12 * count_parameters(model_config(config)) / max(1, shards)
+    "A bound: sharded weights, moments and gradients; or, of the latter, one whole block's."
+    p, moments = config.parallel, 1 if config.optimizer.kind == "muon" else 2
+    shards = 1 if p.strategy == "ddp" else max(1, gpus // p.replicas)
+    each = 4 * count_parameters(model_config(config)) / shards
+    whole = block_bytes(config) if shards > p.tensor else 0
+    return max((2 + moments) * each, (1 + moments) * each + whole)
+
+
+def may_fit(config: RunConfig, gpus: int, gpu: str) -> bool:
+    "Whether a simulation could say so."
+    sizes = {"phases": {"bound": {"bound": least_bytes(config, gpus)}}}
+    return Plan(config=config, gpus=gpus, gpu=gpu, memory=sizes).fits
 
 
 def find_plan(
@@ -391,18 +479,19 @@ def find_plan(
     gpus: int | None = None,  # None: as few as fit
     sequences: int | None = 1,  # of a GPU's micro-batch; recomputes if need be; None: as it is
 ) -> Plan:
-    "The first candidate that fits, or the last one tried."
+    "The mildest candidate on the fewest GPUs that fits, or the last one tried."
     check_int(**{} if gpus is None else {"gpus": gpus})
     check_int(**{} if sequences is None else {"sequences": sequences})
     check_context(config.loader.seq_len, model_config(config).max_seq_len)
-    kind, plan = find_accelerator(gpu), None
-    capacity = free_memory() if kind.name == "cpu" else kind.memory_gib * GIB
-    for one, n in candidates(config, gpus, sequences):
-        if gpus is None and least_bytes(one, n) > capacity:
-            continue
-        plan = make_plan(one, n, gpu)
+    tried = list(candidates(config, gpus, sequences))
+    kind, plan = find_accelerator(gpu).name, None
+    possible = [c for c in tried if may_fit(*c, kind)]
+    for n, same in groupby(possible or tried[-1:] * (gpus is not None), key=itemgetter(1)):
+        *milder, (last, _) = same
+        plan = make_plan(last, n, gpu)  # it needs least: if it does not fit, none does
         if plan.fits:
-            return plan
+            others = (make_plan(one, n, gpu) for one, _ in milder)
+            return next((other for other in others if other.fits), plan)
     if plan is None:
         raise ValueError(f"no number of GPUs up to {MESHES[-1]} divides "
                          f"loader.batch_size={config.loader.batch_size} and could hold the "
@@ -415,15 +504,24 @@ def remedies(plan: Plan) -> Iterator[tuple[str, RunConfig, int]]:
     config, (_, parts) = plan.config, plan.config.parallel.data_ranks(0, plan.gpus)
     if not config.parallel.recompute:
         config = with_recompute(config)
-        yield "--parallel.recompute true", config, plan.gpus
+        yield flags_of(config), config, plan.gpus
+    if shared := with_experts(config, plan.gpus):
+        config = shared
+        yield flags_of(config), config, plan.gpus
     if config.loader.batch_size > parts:
         config = with_each(config, plan.gpus)
-        yield (f"--parallel.recompute true --loader.batch_size {parts} (and more "
-               "--train.grad_accum_steps)"), config, plan.gpus
+        yield (f"{flags_of(config)} --loader.batch_size {parts} (and more "
+               "--train.grad_accum_steps)", config, plan.gpus)
     if config.parallel.strategy == "fsdp" and plan.gpu != "cpu":
-        for n in (m for m in MESHES if m > plan.gpus):
-            if least_bytes(config, n) < plan.capacity and n % plan.gpus == 0:
-                yield f"--gpus {n} with recomputation", with_each(config, n), n
+        for n in (m for m in MESHES if m > plan.gpus and m % plan.gpus == 0):
+            wide = with_each(with_experts(config, n) or config, n)
+            yield f"--gpus {n} {flags_of(wide)}", wide, n
+
+
+def flags_of(config: RunConfig) -> str:
+    "What `remedies` turns on."
+    experts = config.parallel.experts
+    return "--parallel.recompute true" + f" --parallel.experts {experts}" * (experts > 1)
 
 
 def verdict(plan: Plan) -> str:
@@ -435,7 +533,8 @@ def verdict(plan: Plan) -> str:
     kind = max(kinds, key=kinds.get)
     why = (f"does not fit: needs {need:.1f} of {capacity:.1f} GiB on each {plan.gpu}, most of "
            f"it {kind} ({kinds[kind] / GIB:.1f} GiB in the {phase} phase)")
-    for text, config, gpus in list(remedies(plan))[:4]:
+    possible = [r for r in remedies(plan) if may_fit(*r[1:], plan.gpu)]
+    for text, config, gpus in possible[:4]:
         better = make_plan(config, gpus, plan.gpu)
         if better.fits:
             return f"{why}; {text} fits ({better.need / GIB:.1f} GiB)"
