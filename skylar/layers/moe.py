@@ -67,9 +67,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, outputs, weights, source, used, row):
         ctx.save_for_backward(outputs, weights, source, used, row)
-        y = 0.0
-        for w, r in zip(weights.split(1, 1), row.view(weights.shape).unbind(1)):
-            y = y + outputs.index_select(0, r) * w  # in the wider dtype of the two
+        first, *others = zip(weights.unbind(1), row.view(weights.shape).unbind(1))
+        y = outputs.index_select(0, first[1]) * first[0][:, None]  # in the wider dtype
+        for w, r in others:
+            y += outputs.index_select(0, r) * w[:, None]
         return y
 
     @staticmethod
@@ -84,43 +85,47 @@ class _Combine(torch.autograd.Function):
         return of_outputs, of_weights, None, None, None
 
 # %% ../../nbs/02_moe/01_moe.ipynb #da130045
-def _rows_of(counts: list[int]) -> list[slice]:
-    return [slice(end - n, end) for n, end in zip(counts, accumulate(counts))]
+def _rows_of(counts: list[int]) -> dict[int, slice]:  # of experts that have any
+    ends = enumerate(accumulate(counts))
+    return {e: slice(end - counts[e], end) for e, end in ends if counts[e]}
 
 
 def _grouped_forward(ctx, x, weight, bias, counts, parts):
-    width, n = weight.shape[1] // parts, sum(counts)
+    width, used = weight.shape[1] // parts, {}
     outputs = [x.new_empty(len(x), width) for _ in range(parts)]
-    for e, rows in enumerate(_rows_of(counts)):
+    for e, rows in _rows_of(counts).items():
+        used[e] = weight[e].to(x.dtype)
         biases = [None] * parts if bias is None else bias[e].to(x.dtype).split(width)
-        for y, w, b in zip(outputs, weight[e].to(x.dtype).split(width), biases):
+        for y, w, b in zip(outputs, used[e].split(width), biases):
             torch.mm(x[rows], w.T, out=y[rows])
             if b is not None:
                 y[rows] += b
     for y in outputs:
-        y[n:] = 0  # rows of no expert
-    ctx.save_for_backward(x, weight, bias)
+        y[sum(counts):] = 0  # rows of no expert
+    ctx.save_for_backward(x, weight, bias, *used.values())
     ctx.counts = counts
     return tuple(outputs)
 
 # %% ../../nbs/02_moe/01_moe.ipynb #ff642b96
 @once_differentiable
 def _grouped_backward(ctx, *grads):
-    x, weight, bias = ctx.saved_tensors
+    x, weight, bias, *used = ctx.saved_tensors
     of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
-    of_bias = None if bias is None else torch.empty_like(bias)
-    for e, rows in enumerate(_rows_of(ctx.counts)):
+    of_bias = None if bias is None else torch.zeros_like(bias)
+    for (e, rows), w in zip(_rows_of(ctx.counts).items(), used):
         grad = torch.cat([part[rows] for part in grads], dim=1)
-        torch.mm(grad, weight[e].to(x.dtype), out=of_x[rows])
+        torch.mm(grad, w, out=of_x[rows])
         of_weight[e].copy_(grad.T @ x[rows])
         if bias is not None:
             of_bias[e] = grad.sum(0)
+    for e in {*range(len(weight))} - {*_rows_of(ctx.counts)}:
+        of_weight[e].zero_()
     of_x[sum(ctx.counts):] = 0
     return of_x, of_weight, of_bias, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
-    "One product for each expert's rows and part of its weight, cast when used."
+    "One product for each expert's rows and part of its weight, cast if it has rows."
 
     forward, backward = staticmethod(_grouped_forward), staticmethod(_grouped_backward)
 
