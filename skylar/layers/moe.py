@@ -91,41 +91,41 @@ def _rows_of(counts: list[int]) -> dict[int, slice]:  # of experts that have any
 
 
 def _grouped_forward(ctx, x, weight, bias, counts, parts):
-    width, used = weight.shape[1] // parts, {}
+    width, n = weight.shape[1] // parts, sum(counts)
     outputs = [x.new_empty(len(x), width) for _ in range(parts)]
     for e, rows in _rows_of(counts).items():
-        used[e] = weight[e].to(x.dtype)
         biases = [None] * parts if bias is None else bias[e].to(x.dtype).split(width)
-        for y, w, b in zip(outputs, used[e].split(width), biases):
+        for y, w, b in zip(outputs, weight[e].to(x.dtype).split(width), biases):
             torch.mm(x[rows], w.T, out=y[rows])
             if b is not None:
                 y[rows] += b
     for y in outputs:
-        y[sum(counts):] = 0  # rows of no expert
-    ctx.save_for_backward(x, weight, bias, *used.values())
+        y[n:] = 0  # rows of no expert
+    ctx.save_for_backward(x, weight, bias)
     ctx.counts = counts
     return tuple(outputs)
 
 # %% ../../nbs/02_moe/01_moe.ipynb #ff642b96
 @once_differentiable
 def _grouped_backward(ctx, *grads):
-    x, weight, bias, *used = ctx.saved_tensors
+    x, weight, bias = ctx.saved_tensors
     of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
     of_bias = None if bias is None else torch.zeros_like(bias)
-    for (e, rows), w in zip(_rows_of(ctx.counts).items(), used):
+    for e, rows in _rows_of(ctx.counts).items():
         grad = torch.cat([part[rows] for part in grads], dim=1)
-        torch.mm(grad, w, out=of_x[rows])
+        torch.mm(grad, weight[e].to(x.dtype), out=of_x[rows])
         of_weight[e].copy_(grad.T @ x[rows])
         if bias is not None:
             of_bias[e] = grad.sum(0)
-    for e in {*range(len(weight))} - {*_rows_of(ctx.counts)}:
-        of_weight[e].zero_()
+    for e, n in enumerate(ctx.counts):
+        if n == 0:
+            of_weight[e].zero_()
     of_x[sum(ctx.counts):] = 0
     return of_x, of_weight, of_bias, None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
-    "One product for each expert's rows and part of its weight, cast if it has rows."
+    "One product for each expert's rows and part of its weight, cast when used."
 
     forward, backward = staticmethod(_grouped_forward), staticmethod(_grouped_backward)
 
