@@ -173,12 +173,13 @@ def even_counts(n_rows: int, n_experts: int) -> list[int]:
 
 # %% ../../nbs/02_moe/01_moe.ipynb #39ba78bf
 def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
-    """The same with each expert's rows filled up to a `multiple`.
+    """The same with each expert's rows filled up to a `multiple`; few, to a power of 2.
 
     oneDNN generates code for each new shape of a bf16 product on a CPU, which takes as
     long as the product or longer; this way there are few shapes."""
     counts = dispatch.counts.tolist()
-    steps = [max(multiple, 1 << max(0, n.bit_length() - 5)) for n in counts]
+    few = [min(multiple, 1 << max(0, n - 1).bit_length()) for n in counts]
+    steps = [max(m, 1 << max(0, n.bit_length() - 5)) for m, n in zip(few, counts)]
     filled = [-(-n // step) * step for n, step in zip(counts, steps)]
     added = torch.tensor([0, *filled]).cumsum(0) - torch.tensor([0, *counts]).cumsum(0)
     at = torch.arange(len(dispatch.source))
