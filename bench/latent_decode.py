@@ -51,6 +51,7 @@ MODEL = dict(  # overrides of `deepseek-test`: widths of a head as in V2-Lite, a
 MODEL_CONTEXTS = (512, 1024, 2048, 4096)
 MODEL_TARGETS = {512: 1.0, 1024: 1.0, 2048: 1.0, 4096: 3.0}
 NEW = 8  # tokens of a round
+QUICK = (("v2-lite", "fp32"), ("model", "fp32"))
 
 
 def their_layer(config: MLAConfig, d_model: int, dtype: torch.dtype):
@@ -167,7 +168,7 @@ class TheirDecoding:
         return torch.cat(tokens, 1)
 
 
-def models(dtype: str) -> tuple:
+def models(name: str, dtype: str) -> tuple:
     """Our model, the same without absorption, and transformers', from one folder."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +196,7 @@ def fastest_kind(theirs, run) -> str:
 
 
 @torch.inference_mode()
-def measure_model(dtype: str, S: int, sides: tuple, rounds: int) -> dict:
+def measure_model(name: str, dtype: str, S: int, sides: tuple, rounds: int) -> dict:
     """Medians of paired rounds of greedy decoding after a prompt of S tokens."""
     ours, naive, theirs = sides
     ids = torch.randint(
@@ -218,7 +219,7 @@ def measure_model(dtype: str, S: int, sides: tuple, rounds: int) -> dict:
     rate = {side: round(1 / statistics.median(t), 1) for side, t in times.items()}
     ratio, over_naive = (statistics.median(a / b for a, b in zip(times[side], times["absorbed"]))
                          for side in ("theirs", "naive"))
-    return {"case": f"model-{dtype}-{S}", "part": "whole model", "context": S,
+    return {"case": f"{name}-{dtype}-{S}", "part": "whole model", "context": S,
             "parameters": count_parameters(ours.config), "skylar_tokens_per_s": rate["absorbed"],
             "naive_tokens_per_s": rate["naive"], "transformers_tokens_per_s": rate["theirs"],
             "theirs": kind, "ratio": round(ratio, 2), "over_naive": round(over_naive, 2),
@@ -245,17 +246,15 @@ def built(name: str, dtype: str) -> tuple:
 def main(rounds: int = 7, quick: bool = False, dry: bool = False, only: str = "") -> None:
     """Print all rows, and write them unless `quick`, `dry` or `only` some were asked for."""
     rows, rounds = [], 3 if quick else rounds
-    dtypes = ("fp32",) if quick else DTYPES
-    layers, contexts = (("v2-lite",), CONTEXTS[:2]) if quick else (LAYERS, CONTEXTS)
-    for name, dtype in itertools.product(layers, dtypes):
-        if f"{name}-{dtype}".startswith(only):
-            sides = built(name, dtype)
-            rows += [shown(measure(name, dtype, S, sides, rounds)) for S in contexts]
-    for dtype in dtypes:
-        if f"model-{dtype}".startswith(only):
-            sides = models(dtype)
-            rows += [shown(measure_model(dtype, S, sides, rounds))
-                     for S in (MODEL_CONTEXTS[:1] if quick else MODEL_CONTEXTS)]
+    parts = [(name, built, measure, CONTEXTS) for name in LAYERS]
+    parts.append(("model", models, measure_model, MODEL_CONTEXTS))
+    for (name, build, run, contexts), dtype in itertools.product(parts, DTYPES):
+        cases = [S for S in contexts if f"{name}-{dtype}-{S}".startswith(only)]
+        if quick:
+            cases = cases[:2] if (name, dtype) in QUICK else []
+        if cases:
+            sides = build(name, dtype)
+            rows += [shown(run(name, dtype, S, sides, rounds)) for S in cases]
     if not (quick or dry or only):
         record("decode_deepseek_v3", rows, rounds=rounds, new_tokens_a_round=NEW,
                torch_threads=torch.get_num_threads())
