@@ -372,7 +372,7 @@ def main():
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
     if args.family:
-        return latent_decode.main(args.rounds, args.quick, args.dry)
+        return latent_decode.main(args.rounds, args.quick, args.dry, args.only)
     if args.profile:
         return show_profile(args.profile)
     if args.kernels:

@@ -38,11 +38,13 @@ part() {  # name, seconds, script
     (IFS=,; echo "[${lines[*]}]") > "$out/gpu_parts.json"
 }
 
-part tests     120 tests_gpu.py
-part attention 70  attention_gpu.py
-part loss      40  loss_gpu.py
-part training  170 train_gpu.py
-part decoding  70  decode_gpu.py
+part tests     90  tests_gpu.py
+part attention 50  attention_gpu.py
+part loss      30  loss_gpu.py
+part training  130 train_gpu.py
+part decoding  50  decode_gpu.py
+part sparse    70  moe_gpu.py
+part latent    50  latent_gpu.py
 cat "$out/gpu_parts.json"
 echo "JSON in $out"
 exit $failed

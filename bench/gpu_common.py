@@ -80,11 +80,12 @@ def peak_flops(device: str) -> float | None:
     return datasheet_flops(device_name(device))
 
 
-def build_model(preset: str, dry: bool, device: str, backend: str | None = None, **overrides):
+def build_model(preset: str, dry: bool, device: str, backend: str | None = None,
+                family: str | None = None, **overrides):
     """A seeded model of a preset; `backend` names the attention kernel."""
     torch.manual_seed(0)
     sizes = overrides | TINY if dry else overrides
-    config = get_config("test" if dry else preset, **sizes)
+    config = get_config("test" if dry else preset, family, **sizes)
     with torch.device(device):
         model = CausalLM(config)
     if backend:

@@ -39,8 +39,10 @@ RUNS = [  # preset, overrides, sequence length, packed, tokens a step, what is c
 
 
 def compiled_objective(model, what: str, device: str):
-    """Each block by itself, so that equal blocks share a graph, or all in one graph."""
+    """Nothing; each block by itself, so that equal blocks share a graph; or all in one graph."""
     backend = "inductor" if device == "cuda" else "aot_eager"
+    if what == "nothing":
+        return NextTokenObjective(model)
     if what == "blocks":
         for block in model.model.layers:
             block.compile(backend=backend)

@@ -6,11 +6,12 @@ clipped to 1 and fused AdamW. Skylar's side is the Trainer's own `TrainStep` aro
 `NextTokenObjective(model)`; transformers' side is its model with `labels=`, with whichever of its
 attention implementations is faster here. Ratios are medians over paired rounds, of wall clock and
 of CPU time. The `packed` row compares ours with ours: sequences of several documents, which do not
-see one another, against sequences of one. The rows of Mixtral are against the fastest of
-transformers' experts implementations here, balance loss on both sides, and (`dense`) against our
-own dense model of equal active parameters.
+see one another, against sequences of one. The rows of Mixtral and DeepSeek-V3 are against the
+fastest of transformers' experts implementations here, Mixtral's balance loss on both sides, and
+(`dense`) against our own dense model of equal active parameters. DeepSeek's biases are balanced on
+our side only: transformers does not do it.
 
-    python bench/train_step.py                     # all families, about 12 minutes
+    python bench/train_step.py                     # all families, about 14 minutes
     python bench/train_step.py --family mixtral    # one of them
     python bench/train_step.py --quick             # four rows, three rounds, writes no file
     python bench/train_step.py --only grid-256     # rows whose name begins so; writes no file
@@ -43,7 +44,10 @@ LAYERS, TOKENS = 6, 1024  # of every model of the grid; tokens a step
 GRID = list(itertools.product((128, 256, 512), (8192, 40_960), (256, 1024)))
 GRID_WORST, GRID_MEDIAN = 1.3, 1.5  # targets
 WIDE = dict(d_model=512, n_heads=8, n_kv_heads=4, d_head=64, n_layers=6, vocab_size=8192)
-NAMED = {  # row: family, overrides of the `test` preset, mode, batch size, length, target
+WIDE_LATENT = dict(
+    d_model=512, n_heads=8, n_layers=6, vocab_size=8192, d_ff=1536, d_expert=256, q_lora_rank=256,
+    kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+NAMED = {  # row: family, overrides of its test preset, mode, batch size, length, target
     "test": ("qwen3", {}, "eager", 8, 256, 1.3),
     "test-compiled": ("qwen3", {}, "compiled", 8, 256, 1.0),
     "test-packed": ("qwen3", {}, "packed", 2, 1024, 0.9),
@@ -53,6 +57,8 @@ NAMED = {  # row: family, overrides of the `test` preset, mode, batch size, leng
     "mixtral-test-dense": ("mixtral", dict(d_ff=128), "dense", 8, 256, 0.8),
     "mixtral-wide": ("mixtral", dict(d_ff=768, **WIDE), "eager", 8, 256, 1.5),
     "mixtral-wide-dense": ("mixtral", dict(d_ff=768, **WIDE), "dense", 8, 256, 0.8),
+    "deepseek-test": ("deepseek_v3", {}, "eager", 8, 256, 1.5),
+    "deepseek-wide": ("deepseek_v3", WIDE_LATENT, "eager", 8, 256, 1.5),
 }
 CASES = NAMED | {
     f"grid-{width}-{vocabulary}-{length}": (
@@ -61,7 +67,7 @@ CASES = NAMED | {
              d_ff=3 * width, n_layers=LAYERS, vocab_size=vocabulary),
         "eager", TOKENS // length, length, GRID_WORST)
     for width, vocabulary, length in GRID}
-BENCHED = ("qwen3", "gpt2", "mixtral")  # families with rows of their own
+BENCHED = ("qwen3", "gpt2", "mixtral", "deepseek_v3")  # families with rows of their own
 QUICK = ("grid-128-8192-256", "grid-256-40960-1024", "test-packed", "gpt2-test")
 STEPS = 10_000  # of a run that the steps measured here are the first of
 OPTIMIZER = AdamWConfig()
@@ -119,7 +125,8 @@ def their_step(model, ids, compiled: bool = False):
 
 def config_of(case: str):
     family, sizes, *_ = CASES[case]
-    return get_config("test", family, **sizes)
+    preset = "deepseek-test" if family == "deepseek_v3" else "test"
+    return get_config(preset, family, **sizes)
 
 
 def both(case: str):
@@ -182,8 +189,8 @@ def fastest_experts(theirs, run, tokens: int) -> str | None:
     config = theirs.config
     if not hasattr(config, "num_experts_per_tok"):
         return None
-    copies = 3 * 4 * tokens * config.num_experts_per_tok * config.hidden_size * (
-        config.intermediate_size)
+    width = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    copies = 3 * 4 * tokens * config.num_experts_per_tok * config.hidden_size * width
     took = {}
     for name in ("eager", "grouped_mm", *(("batched_mm",) if copies < 2e9 else ())):
         theirs.set_experts_implementation(name)
@@ -198,7 +205,7 @@ def fastest_experts(theirs, run, tokens: int) -> str | None:
 def against_transformers(case: str, mode: str) -> tuple:
     """A step of each side, proved to do the same work, and transformers' kernels."""
     ours, theirs, ids = both(case)
-    if hasattr(theirs.config, "output_router_logits"):  # with the balance loss, as ours
+    if hasattr(theirs.config, "router_aux_loss_coef"):  # with the balance loss, as ours
         theirs.config.output_router_logits = True
     compiled = mode == "compiled"
     mine, other = our_step(ours, batch_of(ids), compiled), their_step(theirs, ids, compiled)

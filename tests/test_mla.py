@@ -251,6 +251,24 @@ def test_both_ways_are_equal_with_their_gradients(seed):
             assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_absorbed_in_bf16_equals_fp32_on_the_same_numbers(seed):
+    "There the whole of kv_b_proj is multiplied, with zeros for queries, instead of parts."
+    rng = random.Random(seed)
+    layer = scrambled(random_config(rng).build(10), seed).bfloat16()
+    c, (B, T, S) = layer.config, (2, rng.choice([1, 4]), 9)
+    args = [torch.randn(*shape).bfloat16() for shape in (
+        (B, c.n_heads, T, c.qk_nope_head_dim), (B, c.n_heads, T, c.qk_rope_head_dim),
+        (B, 1, S, c.kv_lora_rank), (B, 1, S, c.qk_rope_head_dim))]
+    mask = layer.prepare(torch.zeros(B, T, 10), placed(torch.zeros(B, S))[S - T:],
+                         placed(torch.zeros(B, S))).mask
+    found = absorbed_attention(layer, *args, mask).float()
+    exact = absorbed_attention(layer.float(), *(x.float() for x in args), mask)
+    assert found.shape == exact.shape
+    assert 0 < (found - exact).norm() < 0.03 * exact.norm()
+
+
 # --- a decoding step ----------------------------------------------------------------------------
 
 WIDE = MLAConfig(n_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16,

@@ -92,7 +92,7 @@ def lessons() -> str:
 # --- benchmarks: each function yields [what, Skylar, the other side, ratio, target] ---
 
 PEERS = {"gpt2": "transformers' GPT-2", "qwen3": "transformers' Qwen3",
-         "mixtral": "transformers' Mixtral"}
+         "mixtral": "transformers' Mixtral", "deepseek_v3": "transformers' DeepSeek-V3"}
 
 
 def grid_name(case: str, layers: int) -> str:
@@ -133,6 +133,26 @@ def decode_rows() -> Iterator[list[str]]:
     yield from found["summary"]
 
 
+def latent_rows() -> Iterator[list[str]]:
+    "One absorbed layer at its worst, and whole models at the longest context."
+    rows = result("decode_deepseek_v3")["rows"]
+    layers = [row for row in rows if row["part"] == "one layer"]
+    for S in sorted({row["context"] for row in layers}):
+        row = min((r for r in layers if r["context"] == S), key=lambda r: r["ratio"])
+        yield [f"decoding, one absorbed layer of latent attention, {S:,} tokens cached "
+               f"(worst of {sum(r['context'] == S for r in layers)}: `{row['case']}`)",
+               f"{row['ours_ms']:.1f} ms", f"{row['theirs_ms']:.1f} ms (transformers)",
+               f"{row['ratio']:.1f}x", f"{row['target']:.0f}x" if S > 512 else ""]
+    models = [row for row in rows if row["part"] == "whole model"]
+    for row in models:
+        if row["context"] == max(r["context"] for r in models):
+            yield [f"decoding, a whole DeepSeek-V3 of {row['parameters'] / 1e6:.0f}M parameters, "
+                   f"{row['case'].split('-')[1]}, {row['context']:,} tokens cached",
+                   f"{row['skylar_tokens_per_s']:,} tokens/s",
+                   f"{row['transformers_tokens_per_s']:,} tokens/s (transformers)",
+                   f"{row['ratio']:.1f}x", f"{row['target']:.0f}x"]
+
+
 def attention_rows() -> Iterator[list[str]]:
     "The largest shape of the tiled CPU kernel, where `auto` takes it."
     rows = result("attention")["rows"]
@@ -156,7 +176,9 @@ def gpu_rows() -> Iterator[list[str]]:
         for what in ("`medium` deepened to 125M, training at 2,048 tokens on a GPU, share of "
                      "the matmul ceiling",
                      "packed documents by FlexAttention against unpacked, 2K and 8K, on a GPU",
-                     "FlexAttention against dense masks; decoding against transformers, on a GPU"):
+                     "FlexAttention against dense masks; decoding against transformers, on a GPU",
+                     "Mixtral against its dense twin, share of the matmul ceiling; absorbed latent "
+                     "decoding at 8K to 64K, on a GPU"):
             yield [what, why, "`bench/gpu.sh`", "", ""]
         return
     ceiling = f"{found['ceiling_tflops']} TFLOP/s ({found.get('device', 'GPU')}, matmul)"
@@ -259,7 +281,9 @@ SOURCES = {  # what is measured, its script -> its rows
     ("training step, qwen3", "train_step.py"): lambda: training_rows("qwen3"),
     ("training step, gpt2", "train_step.py"): lambda: training_rows("gpt2"),
     ("training step, mixtral", "train_step.py"): lambda: training_rows("mixtral"),
+    ("training step, deepseek_v3", "train_step.py"): lambda: training_rows("deepseek_v3"),
     ("decoding and reading prompts", "decode.py"): decode_rows,
+    ("decoding with latent attention", "decode.py"): latent_rows,
     ("tiled attention on a CPU", "attention.py"): attention_rows,
     ("training on a GPU", "gpu.sh"): gpu_rows,
     ("time to quality", "time_to_quality.py"): time_to_quality_rows,

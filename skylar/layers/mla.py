@@ -274,12 +274,16 @@ def absorbed_attention(
     c, H = layer.config, q_nope.shape[1]
     weight = layer.kv_b_proj.weight.view(H, -1, c.kv_lora_rank)  # (H, Dn + Dv, R)
     W_uk, W_uv = weight.split([c.qk_nope_head_dim, c.v_head_dim], 1)
+    if weight.is_cpu and weight.dtype == torch.bfloat16:  # products copy such a part:
+        W_uk = W_uv = weight  # the whole takes less time, with zeros for queries
+        q_nope = F.pad(q_nope, (0, c.v_head_dim))
     q_latent = torch.einsum("bhtd,hdr->bhtr", q_nope, W_uk)
     sums = latent_attention(
         q_latent, q_rope, latents, k_rope, mask, layer.softmax_scale)
     B, H, T, R = sums.shape
     columns = sums.permute(1, 3, 0, 2).reshape(H, R, B * T)  # einsum has them as rows:
     heads = torch.bmm(W_uv, columns)  # equal, but in bf16 several times slower on CPUs
+    heads = heads[:, -c.v_head_dim:]
     return heads.view(H, -1, B, T).permute(2, 0, 3, 1)
 
 # %% ../../nbs/03_mla/01_absorption.ipynb #2ca260fe

@@ -67,9 +67,10 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, outputs, weights, source, used, row):
         ctx.save_for_backward(outputs, weights, source, used, row)
-        y = 0.0
-        for w, r in zip(weights.split(1, 1), row.view(weights.shape).unbind(1)):
-            y = y + outputs.index_select(0, r) * w  # in the wider dtype of the two
+        first, *others = zip(weights.unbind(1), row.view(weights.shape).unbind(1))
+        y = outputs.index_select(0, first[1]) * first[0][:, None]  # in the wider dtype
+        for w, r in others:
+            y += outputs.index_select(0, r) * w[:, None]
         return y
 
     @staticmethod
@@ -84,14 +85,15 @@ class _Combine(torch.autograd.Function):
         return of_outputs, of_weights, None, None, None
 
 # %% ../../nbs/02_moe/01_moe.ipynb #da130045
-def _rows_of(counts: list[int]) -> list[slice]:
-    return [slice(end - n, end) for n, end in zip(counts, accumulate(counts))]
+def _rows_of(counts: list[int]) -> dict[int, slice]:  # of experts that have any
+    ends = enumerate(accumulate(counts))
+    return {e: slice(end - counts[e], end) for e, end in ends if counts[e]}
 
 
 def _grouped_forward(ctx, x, weight, bias, counts, parts):
     width, n = weight.shape[1] // parts, sum(counts)
     outputs = [x.new_empty(len(x), width) for _ in range(parts)]
-    for e, rows in enumerate(_rows_of(counts)):
+    for e, rows in _rows_of(counts).items():
         biases = [None] * parts if bias is None else bias[e].to(x.dtype).split(width)
         for y, w, b in zip(outputs, weight[e].to(x.dtype).split(width), biases):
             torch.mm(x[rows], w.T, out=y[rows])
@@ -108,13 +110,16 @@ def _grouped_forward(ctx, x, weight, bias, counts, parts):
 def _grouped_backward(ctx, *grads):
     x, weight, bias = ctx.saved_tensors
     of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
-    of_bias = None if bias is None else torch.empty_like(bias)
-    for e, rows in enumerate(_rows_of(ctx.counts)):
+    of_bias = None if bias is None else torch.zeros_like(bias)
+    for e, rows in _rows_of(ctx.counts).items():
         grad = torch.cat([part[rows] for part in grads], dim=1)
         torch.mm(grad, weight[e].to(x.dtype), out=of_x[rows])
         of_weight[e].copy_(grad.T @ x[rows])
         if bias is not None:
             of_bias[e] = grad.sum(0)
+    for e, n in enumerate(ctx.counts):
+        if n == 0:
+            of_weight[e].zero_()
     of_x[sum(ctx.counts):] = 0
     return of_x, of_weight, of_bias, None, None
 
@@ -169,12 +174,13 @@ def even_counts(n_rows: int, n_experts: int) -> list[int]:
 
 # %% ../../nbs/02_moe/01_moe.ipynb #39ba78bf
 def align(dispatch: Dispatch, multiple: int = 32) -> Dispatch:
-    """The same with each expert's rows filled up to a `multiple`.
+    """The same with each expert's rows filled up to a `multiple`; few, to a power of 2.
 
     oneDNN generates code for each new shape of a bf16 product on a CPU, which takes as
     long as the product or longer; this way there are few shapes."""
     counts = dispatch.counts.tolist()
-    steps = [max(multiple, 1 << max(0, n.bit_length() - 5)) for n in counts]
+    few = [min(multiple, 1 << max(0, n - 1).bit_length()) for n in counts]
+    steps = [max(m, 1 << max(0, n.bit_length() - 5)) for m, n in zip(few, counts)]
     filled = [-(-n // step) * step for n, step in zip(counts, steps)]
     added = torch.tensor([0, *filled]).cumsum(0) - torch.tensor([0, *counts]).cumsum(0)
     at = torch.arange(len(dispatch.source))
