@@ -177,8 +177,8 @@ def gpu_rows() -> Iterator[list[str]]:
                      "the matmul ceiling",
                      "packed documents by FlexAttention against unpacked, 2K and 8K, on a GPU",
                      "FlexAttention against dense masks; decoding against transformers, on a GPU",
-                     "Mixtral against its dense twin, share of the matmul ceiling; absorbed latent "
-                     "decoding at 8K to 64K, on a GPU"):
+                     "Mixtral against a dense model of equal cost, share of the matmul ceiling; "
+                     "absorbed latent decoding at 8K to 64K, on a GPU"):
             yield [what, why, "`bench/gpu.sh`", "", ""]
         return
     ceiling = f"{found['ceiling_tflops']} TFLOP/s ({found.get('device', 'GPU')}, matmul)"
