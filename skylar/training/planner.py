@@ -236,8 +236,8 @@ def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool) -> dict:
         return simulate(config, n_processes, gpu)
     step = more - few
     low, high = (simulate(at_depth(config, n), n_processes, gpu) for n in (few, more))
-    while _shrinks(low, high) and more + step < len(blocks):
-        few, more, low = more, more + step, high  # the worst moment is another one by now
+    if _shrinks(low, high) and more + step < len(blocks):
+        few, more, low = more, more + step, high  # the worst moment was another one
         high = simulate(at_depth(config, more), n_processes, gpu)
     return _line(low, high, (len(blocks) - few) / step)
 
