@@ -1,4 +1,4 @@
-"""Training a sparse model on a GPU: share of the matmul ceiling, against an equally costly dense one.
+"""Training a sparse model on a GPU: share of the matmul ceiling, against a dense one of equal cost.
 
 Mixtral with 8 experts of which a token uses two, and Llama with a feed-forward layer as wide as
 two experts: equal active parameters, equal model FLOPs but for the router. Both in bf16 autocast,
