@@ -212,7 +212,7 @@ class ParallelConfig:
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     experts: int = 1  # fsdp: ranks that share the experts of each layer (02_moe/04)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
-    reshard: bool | None = None  # fsdp: free gathered blocks (ZeRO-3); null: over 256 MB
+    reshard: bool | None = None  # fsdp: free gathered blocks (ZeRO-3); null: > 256 MB
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block

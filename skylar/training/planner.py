@@ -397,8 +397,7 @@ def mesh_of(plan: Plan) -> str:
         words = [f"ddp {n}" if n > 1 else "1"]
     else:
         words = [f"fsdp {n // (p.replicas * p.tensor)}"]
-        words += [f"(experts: {n // (p.replicas * p.experts)} x ep {p.experts})"] * (
-            p.experts > 1)
+        words += [f"(ep {p.experts})"] * (p.experts > 1)
         words += [f"x {p.replicas} replicas"] * (p.replicas > 1)
         words += [f"x tp {p.tensor}"] * (p.tensor > 1)
     return " ".join(words + ["recompute"] * p.recompute)
