@@ -391,7 +391,7 @@ def test_a_plan_gathers_only_the_experts_of_a_rank():
 
 def test_a_plan_names_the_mesh():
     plan = make_plan(sparse_run(experts=4), 8, "h100")
-    assert mesh_of(plan) == "fsdp 8 (experts: 2 x ep 4)"
+    assert mesh_of(plan) == "fsdp 8 (ep 4)"
     with pytest.raises(ValueError, match="experts=3 does not divide the 16 experts"):
         make_plan(replace(sparse_run(), parallel=ParallelConfig(experts=3),
                           loader=LoaderConfig(batch_size=6, seq_len=64)), 6, "h100")

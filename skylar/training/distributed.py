@@ -130,7 +130,7 @@ def blocks_of(objective: nn.Module) -> nn.ModuleList:
     return nn.ModuleList(m for m in objective.modules() if isinstance(m, Block))
 
 def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
-    "Of stacked matrices (02_moe) a rank gets whole ones; rows of each, if 8 and 64 ranks."
+    "Of a stack of matrices (02_moe) a rank gets whole ones, or else rows of each."
     if p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards:
         return None  # dimension 0, as usual
     return Shard(1)
@@ -183,8 +183,8 @@ def check_parallel(c) -> None:
         raise ValueError("strategy='ddp' copies the model to every rank: replicas, "
                          "experts and tensor are for strategy='fsdp'")
     if c.experts > 1 and c.tensor > 1:
-        raise ValueError(f"experts={c.experts} and tensor={c.tensor} do not go together "
-                         "yet; set one of them to 1")
+        raise ValueError(f"experts={c.experts} and tensor={c.tensor} do not go "
+                         "together yet; set one of them to 1")
     if c.strategy == "ddp" and c.gather_dtype != "float32":
         raise ValueError("strategy='ddp' gathers no weights: gather_dtype is for "
                          "strategy='fsdp'")
@@ -217,8 +217,7 @@ class ParallelConfig:
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     experts: int = 1  # fsdp: ranks that share the experts of each layer (02_moe/04)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
-    # fsdp: free a block's weights after forward (ZeRO-3); null: if all take over 256 MB
-    reshard: bool | None = None
+    reshard: bool | None = None  # fsdp: free gathered blocks (ZeRO-3); null: > 256 MB
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block
@@ -234,11 +233,10 @@ class ParallelConfig:
     def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
         "Which of how many parts of the batches `rank` reads; may be refused."
         if world_size % (self.replicas * self.experts * self.tensor):
-            experts = f" times experts={self.experts}" if self.experts > 1 else ""
-            raise ValueError(
-                f"{world_size} processes do not divide by replicas={self.replicas} "
-                f"times tensor={self.tensor}{experts}; start another number, or change "
-                "one of them")
+            more = f" times experts={self.experts}" if self.experts > 1 else ""
+            raise ValueError(f"{world_size} processes do not divide by replicas="
+                             f"{self.replicas} times tensor={self.tensor}{more}; start "
+                             "another number, or change one of them")
         return rank // self.tensor, world_size // self.tensor
 
 # %% ../../nbs/02_moe/04_expert_parallel.ipynb #6b673363

@@ -227,7 +227,7 @@ def depths(blocks: tuple) -> tuple[int, int]:
     few = -(-3 // period)  # of periods; a block's neighbors are gathered, too
     return begin + few * period, begin + (few + -(-2 // period)) * period
 
-
+# %% ../../nbs/library/plans.ipynb #6942901a
 def simulate_any_depth(config: RunConfig, n_processes: int, gpu: bool) -> dict:
     "As `simulate`; blocks that repeat up to the end are not all simulated."
     config, blocks = plain_run(config, gpu), blocks_of(config)
@@ -397,8 +397,7 @@ def mesh_of(plan: Plan) -> str:
         words = [f"ddp {n}" if n > 1 else "1"]
     else:
         words = [f"fsdp {n // (p.replicas * p.tensor)}"]
-        words += [f"(experts: {n // (p.replicas * p.experts)} x ep {p.experts})"] * (
-            p.experts > 1)
+        words += [f"(ep {p.experts})"] * (p.experts > 1)
         words += [f"x {p.replicas} replicas"] * (p.replicas > 1)
         words += [f"x tp {p.tensor}"] * (p.tensor > 1)
     return " ".join(words + ["recompute"] * p.recompute)
@@ -473,7 +472,7 @@ def may_fit(config: RunConfig, gpus: int, gpu: str) -> bool:
     sizes = {"phases": {"bound": {"bound": least_bytes(config, gpus)}}}
     return Plan(config=config, gpus=gpus, gpu=gpu, memory=sizes).fits
 
-
+# %% ../../nbs/library/plans.ipynb #45fd4490
 def find_plan(
     config: RunConfig, gpu: str,
     gpus: int | None = None,  # None: as few as fit
