@@ -109,7 +109,8 @@ class WholeDraws(TorchDispatchMode):
         target, more = args[0] if args else None, kwargs or {}
         random = torch.Tag.nondeterministic_seeded in operation.tags
         sharded = hasattr(target, "device_mesh")
-        stacked = isinstance(target, Tensor) and target.ndim > 2 and operation._schema.is_mutable
+        stacked = isinstance(target, Tensor) and target.ndim > 2
+        stacked = stacked and operation._schema.is_mutable
         if not random or not (sharded or stacked):
             return operation(*args, **more)
         if not operation._schema.is_mutable:
