@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = ("transformers", "datasets", "matplotlib", "pyarrow", "IPython", "ipywidgets", "nbdev")
+PLOTS = ("viz.py", "schematic.py", "model_drawings.py")  # need matplotlib, which is an extra
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "skylar").rglob("*.py")
-    if path.name not in ("__init__.py", "__main__.py", "_modidx.py", "viz.py", "auto.py")
+    if path.name not in ("__init__.py", "__main__.py", "_modidx.py", "auto.py", *PLOTS)
 )
 BLOCK = """
 import sys

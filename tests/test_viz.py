@@ -13,8 +13,10 @@ pytest.importorskip("matplotlib", reason="needs matplotlib: pip install -e '.[vi
 
 from PIL import Image
 
-from skylar.models.decoder import CausalLM
-from skylar.models.presets import get_config
+from skylar.models.decoder import CausalLM, active_parameters, count_parameters
+from skylar.models.families.deepseek_v3 import DeepSeekV3Config
+from skylar.models.presets import PRESETS, get_config
+from skylar.utils import model_drawings, schematic
 from skylar.viz import MODELS, PARTS, Node, Schematic, architecture, architectures, bars
 
 ROOT = Path(__file__).parents[1]
@@ -170,8 +172,14 @@ def test_png_is_small_and_made_without_pyplot():
     assert picture(s).shape[1] <= 930  # a notebook's width
 
 
+def test_lessons_find_the_drawings_in_one_place():
+    assert Schematic is schematic.Schematic and Node is schematic.Node
+    assert architecture is model_drawings.architecture and MODELS is model_drawings.MODELS
+
+
 def test_every_method_is_shown_in_the_notebook():
-    cells = json.loads((ROOT / "nbs/viz.ipynb").read_text(encoding="utf-8"))["cells"]
+    cells = [cell for name in ("schematic", "model_drawings") for cell in json.loads(
+        (ROOT / f"nbs/library/{name}.ipynb").read_text(encoding="utf-8"))["cells"]]
     examples = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"
                          and "#| export" not in "".join(c["source"]))
     methods = [name for name, _ in inspect.getmembers(Schematic, inspect.isfunction)
@@ -184,17 +192,22 @@ def test_every_method_is_shown_in_the_notebook():
 # --- whole models ---
 
 
+def orange(s: Schematic) -> int:
+    return sum(p.get_edgecolor()[:3] == (0xD5 / 255, 0x5E / 255, 0) for p in s.ax.patches)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_can_be_highlighted(name, part):
     "Each name changes the drawing, unless the model does not have that part."
-    optional = ("positions", "qk_norm", "rope", "sinks", "router", "experts")
+    optional = ("positions", "qk_norm", "rope", "sinks", "router", "experts", "latents", "shared")
     has = part not in optional or MODELS[name].get(part)
 
-    def orange(s):
-        return sum(p.get_edgecolor()[:3] == (0xD5 / 255, 0x5E / 255, 0) for p in s.ax.patches)
-
     assert bool(orange(architecture(name, part))) == bool(has)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_highlighted_unasked(name):
     assert orange(architecture(name)) == 0
 
 
@@ -217,12 +230,25 @@ def test_differences_are_those_that_are_drawn():
     assert highlighted(architectures("llama3", "mixtral")) == 1  # the feed-forward layer
     assert highlighted(architectures("mixtral", "qwen3_moe")) == 1  # QK-norm
     assert highlighted(architectures("qwen3", "qwen3_moe")) == 2  # feed-forward layer, LM head
+    # projections, RoPE, heads, feed-forward layer
+    assert highlighted(architectures("mixtral", "deepseek_v3")) == 4
+    assert highlighted(architectures("deepseek_v3", "kimi_k2")) == 1  # experts without groups
+
+
+def small(name):
+    "A small config of the family that is drawn."
+    if not MODELS[name].get("latents"):
+        return get_config("test", name, vocab_size=97, n_layers=1)
+    preset, changes = f"{name.split('_')[0]}-test", {}
+    if preset not in PRESETS:  # Kimi K2's files are a DeepSeek-V3's, without groups
+        preset, changes = "deepseek-test", dict(n_groups=1, topk_groups=1)
+    return get_config(preset, vocab_size=97, n_layers=2, **changes)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_as_drawn(name):
     "The words in the drawing are true of the library's models."
-    config = get_config("test", name, vocab_size=97, n_layers=1)
+    config = small(name)
     model, drawn = CausalLM(config), MODELS[name]
     names = dict(model.named_modules())
     parameters = dict(model.named_parameters())
@@ -238,8 +264,14 @@ def test_models_are_as_drawn(name):
     for part, layer in (("projections", "q_proj"), ("ffn", "up_proj")):
         biases = any(f"{layer}.bias" in n for n in parameters)
         assert biases == ("biases" in drawn[part] and "no biases" not in drawn[part])
-    grouped = "grouped" in drawn["heads"] or "GQA" in drawn["heads"]
-    assert grouped == (drawn["sizes"]["K"] < drawn["sizes"]["H"]) == hasattr(config, "n_kv_heads")
+    grouped, sizes = "grouped" in drawn["heads"] or "GQA" in drawn["heads"], drawn["sizes"]
+    assert grouped == (sizes.get("K", sizes["H"]) < sizes["H"]) == hasattr(config, "n_kv_heads")
+    assert any("kv_a_layernorm" in n for n in names) == bool(drawn.get("latents"))
+    assert any("shared_experts" in n for n in names) == bool(drawn.get("shared"))
+    assert any("e_score_correction_bias" in n for n in dict(model.named_buffers())) == (
+        "bias" in drawn.get("router", ""))
+    in_groups = getattr(config, "n_groups", 1) > 1
+    assert in_groups == ("groups" in drawn.get("router", "")) == ("groups" in drawn["ffn"])
 
 
 def test_sizes_are_those_of_the_published_models():
@@ -259,6 +291,22 @@ def test_sizes_are_those_of_the_published_models():
         assert sizes.pop("k") < E and "untied" in MODELS[name]["head"]
         found = millions(**sizes | {"F": E * sizes["F"]}, ffn=3, tied=False) + L * E * D / 1e6
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name, total, active", [
+    ("deepseek_v3", 671.0, 37.5), ("kimi_k2", 1026.4, 32.9)])
+def test_sizes_of_models_with_latents(name, total, active):
+    "The drawing's letters, as a config, are a model of the published size (in billions)."
+    drawn = MODELS[name]
+    fields = dict(
+        V="vocab_size", D="d_model", L="n_layers", H="n_heads", Dn="qk_nope_head_dim",
+        Dr="qk_rope_head_dim", Dv="v_head_dim", Rq="q_lora_rank", R="kv_lora_rank",
+        F="d_expert", E="n_experts", k="top_k")
+    sizes = {fields[key]: size for key, size in drawn["sizes"].items() if key != "Dh"}
+    config = DeepSeekV3Config(**sizes, first_dense=drawn["dense"], n_groups=1, topk_groups=1)
+    assert drawn["sizes"]["Dh"] == config.qk_nope_head_dim + config.qk_rope_head_dim
+    assert count_parameters(config) / 1e9 == pytest.approx(total, abs=0.1)
+    assert active_parameters(config) / 1e9 == pytest.approx(active, abs=0.1)
 
 
 def test_bars_have_one_color_and_one_highlight():
