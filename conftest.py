@@ -1,11 +1,13 @@
 """Every lesson is a pytest item: `pytest` runs unit tests and notebooks, one PASSED a lesson.
 
 A lesson's kernel gets the thread count of settings.ini, no display and no model hub. A rewritten
-lesson runs twice in that kernel, as it does when a reader runs all cells again; at the end the
-check of each exercise must refuse the skeleton that nobody has filled in.
+lesson runs twice in that kernel, as it does when a reader runs all cells again (one of over
+TWICE_UP_TO seconds only with `--nb-twice`: CI would take ten minutes more); at the end the check of
+each exercise must refuse the skeleton that nobody has filled in.
 """
 
 import configparser
+import json
 import os
 import re
 import sys
@@ -19,6 +21,7 @@ INI.read(ROOT / "settings.ini")
 sys.path.insert(0, str(ROOT / "tools"))  # the runner of lessons
 sys.path.append(str(ROOT / "tests"))  # the list of lessons that are not rewritten
 THREADS = INI["lessons"]["threads"]
+TWICE_UP_TO = 25  # seconds of one run, as bench/results/lessons.json has them
 
 # set before any test imports torch: two workers with two threads each are many times slower
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -30,6 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_addoption(parser):
     group = parser.getgroup("notebooks")
     group.addoption("--nb-flags", default="", help='also run cells marked so, e.g. "slow gpu"')
+    group.addoption("--nb-twice", action="store_true", help="run long lessons twice, too")
 
 
 def pytest_collect_file(file_path, parent):
@@ -58,7 +62,8 @@ class NotebookItem(pytest.Item):
         from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
         nb = nbformat.read(self.path, as_version=4)
-        prepare(nb, self.path, set(self.config.getoption("--nb-flags").split()))
+        prepare(nb, self.path, set(self.config.getoption("--nb-flags").split()),
+                self.config.getoption("--nb-twice") or seconds(self.path) <= TWICE_UP_TO)
         client = LessonClient(
             nb,
             timeout=INI["lessons"].getint("cell_timeout"),
@@ -80,7 +85,13 @@ class NotebookItem(pytest.Item):
         return self.path, 0, str(self.path.relative_to(self.config.rootpath))
 
 
-def prepare(nb, path: Path, wanted_flags: set[str]) -> None:
+def seconds(path: Path) -> float:
+    "What a lesson took when it was last measured; one that was not is taken for a short one."
+    rows = json.loads((ROOT / "bench/results/lessons.json").read_text(encoding="utf-8"))["rows"]
+    return next((row["seconds"] for row in rows if ROOT / row["lesson"] == path), 0)
+
+
+def prepare(nb, path: Path, wanted_flags: set[str], again: bool = True) -> None:
     "What runs of a notebook: wanted cells, in a rewritten lesson twice, then probes of its checks."
     from lessons import probes, twice
     from test_lessons import NOT_YET_REWRITTEN
@@ -88,7 +99,7 @@ def prepare(nb, path: Path, wanted_flags: set[str]) -> None:
     blank_skipped_cells(nb, wanted_flags)
     asked = probes(nb)
     lesson = re.match(r"\d\d_", path.name) or path.parent.name == "template"
-    if lesson and f"{path.parent.name}/{path.stem}" not in NOT_YET_REWRITTEN:
+    if again and lesson and f"{path.parent.name}/{path.stem}" not in NOT_YET_REWRITTEN:
         twice(nb)
     nb.cells += asked
 

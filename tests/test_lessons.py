@@ -10,6 +10,7 @@ That a lesson runs, and a rewritten one twice in one kernel, is seen where lesso
 
 import ast
 import configparser
+import importlib.util
 import json
 import os
 import re
@@ -918,3 +919,20 @@ def test_rewritten_lessons_run_twice_and_checks_refuse_skeletons(tmp_path):
     assert sorted(summary) == sorted(name for name, (_, said) in RUNS.items() if said), done.stdout
     assert all(said in done.stdout for _, said in RUNS.values() if said)
     assert "run 2" in done.stdout and "3 passed" in done.stdout
+
+
+def test_long_lessons_run_once_unless_asked():
+    spec = importlib.util.spec_from_file_location("root_conftest", ROOT / "conftest.py")
+    root = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(root)
+    rows = json.loads((ROOT / "bench/results/lessons.json").read_text(encoding="utf-8"))["rows"]
+    written = [row for row in rows if re.search(r"/\d\d_", row["lesson"])
+               and row["lesson"][4:-6] not in NOT_YET_REWRITTEN]
+    longest = max(written, key=lambda row: row["seconds"])
+    path = ROOT / longest["lesson"]
+    assert root.seconds(path) == longest["seconds"] > root.TWICE_UP_TO
+    assert root.seconds(ROOT / "nbs/00_transformer/nowhere.ipynb") == 0
+    for again, n_runs in ((False, 1), (True, 2)):
+        nb = new_notebook(cells=[new_code_cell("1")])
+        root.prepare(nb, path, set(), again)
+        assert len(nb.cells) == n_runs
