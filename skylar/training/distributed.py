@@ -131,9 +131,8 @@ def blocks_of(objective: nn.Module) -> nn.ModuleList:
 
 def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
     "Of a stack of matrices (02_moe) a rank gets whole ones, or else rows of each."
-    if p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards:
-        return None  # dimension 0, as usual
-    return Shard(1)
+    usual = p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards
+    return None if usual else Shard(1)  # None: dimension 0
 
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
     "FSDP2 for every block, then for the rest: embedding, last norm and head."
