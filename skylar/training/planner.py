@@ -210,7 +210,7 @@ def blocks_of(config: RunConfig) -> tuple:
 
 
 def repeats(blocks: tuple) -> tuple[int, int]:
-    "(start, period): from `start` on, blocks repeat; gpt-oss's in pairs, DeepSeek-V3's after 3."
+    "(start, period): from `start` on, blocks repeat; gpt-oss's in pairs, DeepSeek's after 3."
     n, best = len(blocks), (len(blocks), 1)
     for period in range(1, 1 + n // 2):
         start = n - period
@@ -417,8 +417,10 @@ def with_experts(config: RunConfig, gpus: int) -> RunConfig | None:
     share = math.gcd(*counts, gpus // p.replicas)
     shards = gpus // p.replicas // share  # they split whole experts, or rows of each
     rows = [width, *(2 * ffn.d_ff for ffn in sparse)]
-    divides = all(n // share % shards == 0 for n in counts) or not any(n % shards for n in rows)
-    return replace(config, parallel=replace(p, experts=share)) if share > 1 and divides else None
+    whole = all(n // share % shards == 0 for n in counts)
+    if share == 1 or not whole and any(n % shards for n in rows):
+        return None
+    return replace(config, parallel=replace(p, experts=share))
 
 
 def with_each(config: RunConfig, gpus: int, sequences: int = 1) -> RunConfig:

@@ -81,7 +81,8 @@ def fill_part(sharded, draw: Callable) -> None:
     "`sharded` gets its part of a whole tensor that `draw` has filled."
     whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
     draw(whole)
-    part = distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    mesh, placements = sharded.device_mesh, sharded.placements
+    part = distribute_tensor(whole, mesh, placements, src_data_rank=None)
     sharded.to_local().copy_(part.to_local())
 
 
@@ -109,10 +110,11 @@ class WholeDraws(TorchDispatchMode):
         target, more = args[0] if args else None, kwargs or {}
         random = torch.Tag.nondeterministic_seeded in operation.tags
         sharded = hasattr(target, "device_mesh")
-        stacked = isinstance(target, Tensor) and target.ndim > 2 and operation._schema.is_mutable
+        mutable = operation._schema.is_mutable
+        stacked = isinstance(target, Tensor) and target.ndim > 2 and mutable
         if not random or not (sharded or stacked):
             return operation(*args, **more)
-        if not operation._schema.is_mutable:
+        if not mutable:
             raise NotImplementedError(f"{operation} of a sharded tensor: draw in place")
         fill = fill_stack if stacked else fill_part
         fill(target, lambda whole: operation(whole, *args[1:], **more))
