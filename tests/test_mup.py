@@ -228,7 +228,7 @@ def small(family: str, tied: bool, bias: bool):
         more["bias"] = bias
     if family in ("mixtral", "qwen3_moe"):
         more |= dict(n_experts=4, top_k=2)
-    if family == "deepseek_v3":
+    if family in ("deepseek_v3", "kimi_k2"):
         del more["n_kv_heads"], more["d_head"]
         more |= dict(n_experts=4, top_k=2, n_groups=2, topk_groups=1, d_expert=12, first_dense=1,
                      q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4,
