@@ -47,7 +47,7 @@ test: $(VENV)/.dev
 	$(BIN)/python tools/check_export.py
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(PYTEST) -v
+	$(PYTEST) -v --durations=60
 
 quick: $(VENV)/.dev
 	$(PYTEST) -q tests -m 'not slow and not browser and not gpu' --durations=10
