@@ -139,7 +139,7 @@ class TrackedLogits:
 
     def forward(self, x, inputs=None, cache=None):
         inputs = self.prepare(x) if inputs is None else inputs
-        # first: autocast keeps what it casts, and under no_grad that has no gradient
+        # first: autocast caches cast weights; cast under no_grad, they have no gradient
         y = super().forward(x, inputs, cache)
         if cache is not None or not self.training:
             return y
