@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from test_deepseek_v3 import close, forced, forward, rough
+from parity import close, forced, forward, rough
+from test_deepseek_v3 import weights_of
 
 from skylar.inference.generate import generate
 from skylar.layers.deepseek_moe import DeepSeekMoEConfig
@@ -119,7 +120,7 @@ def test_through_files_both_ways(tmp_path, changes):
     assert all(torch.equal(a, state_tensors(back)[n]) for n, a in state_tensors(model).items())
     ids = torch.randint(61, (2, 20))
     logits, extras = forward(back, ids)
-    with forced(theirs, extras, model.config):
+    with forced(theirs, extras, weights_of(model.config)):
         expected = theirs(ids, use_cache=False).logits
     close(logits, expected, "logits")
     for out in (logits, expected):

@@ -84,7 +84,7 @@ class ExpertParallel:
             counts = torch.tensor(counts, device=rows.device)
         arriving = announce(counts, group)
         sent, received = splits(rows, counts, arriving)
-        more = len(rows) - sum(sent)  # rows of no expert, which are zero
+        more = len(rows) - sum(sent)  # rows of no expert: outputs are zero
         here = _Exchange.apply(rows[:-more] if more else rows, sent, received, group)
         to = arrivals(arriving, len(here))
         here = _TakeRows.apply(here, to.source, to.row, 1)
