@@ -3,7 +3,8 @@ import everything from here."""
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from faulty import NotFinite, whole
+from uneven import Rows
 
 from skylar.layers.block import BlockConfig
 from skylar.layers.gqa import GQAConfig
@@ -12,13 +13,12 @@ from skylar.layers.mlp import SwiGLUConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig
 from skylar.training.distributed import ParallelConfig
-from skylar.training.loss import NextTokenObjective
 from skylar.training.muon import MuonConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.qk_clip import QKClipConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
-V, T, D, ROWS, STEPS = 64, 16, 32, 8, 5
+V, T, D, STEPS = 64, 16, 32, 5
 TAU = 1.5  # below the first steps' largest logits: `test_heads_are_clipped_in_these_runs`
 ATTENTION = {
     "gqa": GQAConfig(n_heads=4, n_kv_heads=2, d_head=8, bias=True),
@@ -36,46 +36,6 @@ def small_model(kind: str) -> CausalLM:
     block = BlockConfig(attention=ATTENTION[kind], ffn=SwiGLUConfig(d_ff=48), norm=norm)
     return CausalLM(DecoderConfig(vocab_size=V, d_model=D, blocks=(block,) * 2, max_seq_len=64,
                                   norm=norm, init_std=0.3, residual_std=0.2))
-
-
-class Rows:
-    "Batches of ROWS rows, of unequal numbers of targets, cut for micro-batches and ranks."
-
-    def __init__(self, micro: int = 1, rank: int = 0, size: int = 1):
-        self.micro, self.rank, self.world_size, self.count = micro, rank, size, 0
-
-    def __iter__(self):
-        while True:
-            step, part = divmod(self.count, self.micro)
-            g = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, V, (ROWS, T + 1), generator=g)
-            masked = torch.rand(ROWS, T, generator=g) >= torch.linspace(0.2, 1, ROWS)[:, None]
-            batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(masked, -100)}
-            self.count += 1
-            yield {k: v.chunk(self.micro)[part].chunk(self.world_size)[self.rank].contiguous()
-                   for k, v in batch.items()}
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
-
-
-class NotFinite(NextTokenObjective):
-    "In training, the loss of call number `bad` is NaN."
-
-    calls, bad = 0, None
-
-    def forward(self, batch):
-        output = super().forward(batch)
-        self.calls += self.training
-        factor = float("nan") if self.training and self.calls == self.bad else 1.0
-        return output._replace(loss_sum=output.loss_sum * factor)
-
-
-def whole(p: Tensor) -> Tensor:
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
 
 
 def train(kind: str, parallel=None, micro=1, tau=TAU, steps=STEPS, bad=None, bad_rank=0,
@@ -106,7 +66,8 @@ def train(kind: str, parallel=None, micro=1, tau=TAU, steps=STEPS, bad=None, bad
     config = TrainConfig(**dict(steps=steps, dtype="float32", device="cpu", log_every=1,
                                 eval_every=0, save_every=0, grad_accum_steps=micro) | settings)
     optimizer = MuonConfig(lr=0.02, adamw_lr=3e-3) if muon else AdamWConfig(lr=3e-3)
-    trainer = Trainer(objective, Rows(micro, rank, size), config, quiet=True, out_dir=out_dir,
+    batches = Rows(micro, rank, size, length=T, vocabulary=V, least=0.2)
+    trainer = Trainer(objective, batches, config, quiet=True, out_dir=out_dir,
                       optimizer=optimizer, parallel=parallel,
                       schedule=ScheduleConfig(kind="constant", warmup_steps=0))
     rows = trainer.train(resume=resume, extend=resume)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from faulty import whole
+from uneven import Rows
 
 from skylar.layers.block import BlockConfig
 from skylar.layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig, GroupedSigmoidConfig
@@ -26,7 +28,7 @@ from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.processes import is_main_process, join_processes, leave_processes, rank_and_size
 
-V, T, ROWS, STEPS, E, K = 64, 12, 8, 6, 8, 2
+V, T, STEPS, E, K = 64, 12, 6, 8, 2
 MODEL = {"kind": "moe", "n_experts": E, "unused": None,  # unused: an expert that nobody chooses
          "meta": False}
 RUN = {"steps": STEPS, "micro": 2, "optimizer": "adamw", "out_dir": None, "resume": False,
@@ -48,34 +50,6 @@ def decoder_config(kind: str, n_experts: int) -> DecoderConfig:
     block = BlockConfig(attention=GQAConfig(n_heads=2, qk_norm=norm), norm=norm, ffn=ffn)
     return DecoderConfig(vocab_size=V, d_model=16, blocks=(block,) * 2, max_seq_len=32, norm=norm,
                          init_std=0.3, residual_std=0.2, auxiliary=auxiliary)
-
-
-class Rows:
-    "Batches of 8 rows, cut for micro-batches and ranks; row 0 has almost no targets, row 7 all."
-
-    def __init__(self, micro: int, rank: int, size: int):
-        self.micro, self.rank, self.world_size, self.count = micro, rank, size, 0
-
-    def __iter__(self):
-        while True:
-            step, part = divmod(self.count, self.micro)
-            g = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, V, (ROWS, T + 1), generator=g)
-            masked = torch.rand(ROWS, T, generator=g) >= torch.linspace(0.05, 1, ROWS)[:, None]
-            batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(masked, -100)}
-            self.count += 1
-            yield {k: v.chunk(self.micro)[part].chunk(self.world_size)[self.rank].contiguous()
-                   for k, v in batch.items()}
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
-
-
-def whole(t: torch.Tensor) -> torch.Tensor:
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
 
 
 def without(model: CausalLM, unused: int) -> None:
@@ -123,7 +97,8 @@ def main(out: str, settings: dict) -> None:
     optimizer = MuonConfig(lr=3e-3) if run["optimizer"] == "muon" else AdamWConfig(lr=3e-3)
     config = TrainConfig(steps=run["steps"], dtype=run["dtype"], log_every=1, device="cpu",
                          grad_accum_steps=run["micro"], save_every=0)
-    trainer = Trainer(NextTokenObjective(model), Rows(run["micro"], rank, size), config, quiet=True,
+    batches = Rows(run["micro"], rank, size, length=T, vocabulary=V, least=0.05)
+    trainer = Trainer(NextTokenObjective(model), batches, config, quiet=True,
                       optimizer=optimizer, parallel=parallel,
                       out_dir=run["out_dir"] and Path(run["out_dir"]),
                       schedule=ScheduleConfig(kind="constant", warmup_steps=0))

@@ -7,6 +7,7 @@ of means over a micro-batch.
 
 import torch
 from faulty import whole
+from uneven import Rows
 
 from skylar.layers.router import TopKRouter
 from skylar.models.decoder import CausalLM
@@ -18,7 +19,7 @@ from skylar.training.muon import MuonConfig
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
-V, T, ROWS, MICRO, STEPS = 64, 16, 8, 2, 6
+V, MICRO, STEPS = 64, 2, 6
 OPTIMIZERS = {"adamw": AdamWConfig(lr=3e-3), "muon": MuonConfig(lr=3e-3)}
 SMALL = dict(vocab_size=V, d_model=32, n_heads=4, n_layers=2, d_ff=24, max_seq_len=32,
              init_std=0.1)
@@ -33,32 +34,6 @@ OWN = {  # what each preset has of its own
 
 def small(preset: str):
     return get_config(preset, **SMALL, **OWN[preset])
-
-
-class Rows:
-    "The micro-batches of a rank; it knows how many it has given."
-
-    def __init__(self, rank: int, size: int):
-        self.rank, self.world_size, self.count = rank, size, 0
-
-    def __iter__(self):
-        per_rank = MICRO // self.world_size
-        while True:
-            step, i = divmod(self.count, per_rank)
-            generator = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, V, (ROWS, T + 1), generator=generator)
-            share = torch.linspace(0.1, 1, ROWS)[:, None]
-            masked = torch.rand(ROWS, T, generator=generator) >= share
-            batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(masked, -100)}
-            self.count += 1
-            yield {k: v.chunk(MICRO)[self.rank * per_rank + i].contiguous()
-                   for k, v in batch.items()}
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
 
 
 def avoid_last_expert(model: CausalLM) -> None:
@@ -84,7 +59,8 @@ def train(preset: str, optimizer: str, parallel=None, rank=0, size=1, steps=STEP
     settings = TrainConfig(steps=steps, dtype="float32", log_every=1, device="cpu", save_every=0,
                            async_save=False, grad_accum_steps=MICRO // size)
     trainer = Trainer(
-        objective, Rows(rank, size), settings, quiet=True, optimizer=OPTIMIZERS[optimizer],
+        objective, Rows(MICRO // size, rank, size), settings, quiet=True,
+        optimizer=OPTIMIZERS[optimizer],
         out_dir=out_dir, parallel=None if parallel is None else ParallelConfig(**parallel),
         schedule=ScheduleConfig(kind="constant", warmup_steps=0))
     rows = trainer.train(resume=resume, extend=resume)

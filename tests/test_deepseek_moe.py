@@ -8,11 +8,14 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from faulty import NotFinite
 from safetensors.torch import load_file
 from torch import nn
+from uneven import Rows
 
 from skylar.layers.block import BlockConfig
 from skylar.layers.deepseek_moe import (
@@ -240,10 +243,14 @@ def test_a_default_dtype_of_bf16_does_not_reach_the_bias():
 
 # --- a model of it ---
 
-SETUP = """
+SETUP = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import torch.distributed as dist
+from faulty import NotFinite
 from torch import nn
+from uneven import Rows
 from skylar.layers.block import BlockConfig
 from skylar.layers.deepseek_moe import BiasBalancingConfig, DeepSeekMoEConfig
 from skylar.layers.deepseek_moe import GroupedSigmoidConfig
@@ -251,7 +258,6 @@ from skylar.layers.gqa import GQAConfig
 from skylar.layers.norm import RMSNormConfig
 from skylar.models.decoder import CausalLM, DecoderConfig
 from skylar.training.distributed import ParallelConfig
-from skylar.training.loss import NextTokenObjective
 from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 dist.init_process_group("gloo")
@@ -265,42 +271,6 @@ def decoder_config(auxiliary=None) -> DecoderConfig:
                         ffn=DeepSeekMoEConfig(router=router, d_ff=12))
     return DecoderConfig(vocab_size=64, d_model=16, blocks=(block,) * 2, max_seq_len=32,
                          norm=norm, init_std=0.3, residual_std=0.2, auxiliary=auxiliary)
-
-
-class Rows:
-    "Batches of 8 rows with very different numbers of targets, cut for micro-batches and ranks."
-
-    def __init__(self, micro=1, rank=0, size=1):
-        self.micro, self.rank, self.world_size, self.count = micro, rank, size, 0
-
-    def __iter__(self):
-        while True:
-            step, part = divmod(self.count, self.micro)
-            g = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, 64, (8, 17), generator=g)
-            masked = torch.rand(8, 16, generator=g) >= torch.linspace(0.1, 1, 8)[:, None]
-            batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(masked, -100)}
-            self.count += 1
-            yield {k: v.chunk(self.micro)[part].chunk(self.world_size)[self.rank].contiguous()
-                   for k, v in batch.items()}
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
-
-
-class NotFinite(NextTokenObjective):
-    "In training, the loss of call number `bad` is NaN."
-
-    calls, bad = 0, None
-
-    def forward(self, batch):
-        output = super().forward(batch)
-        self.calls += self.training
-        factor = float("nan") if self.training and self.calls == self.bad else 1.0
-        return output._replace(loss_sum=output.loss_sum * factor)
 
 
 def trained(parallel=None, rank=0, size=1, micro=1, steps=6, bad=None, out_dir=None,
@@ -398,7 +368,7 @@ def test_resumed_bit_for_bit(alone, tmp_path):
 @pytest.fixture(scope="module")
 def two():
     workers = Workers(2, SETUP)
-    workers.define(decoder_config, Rows, NotFinite, trained)
+    workers.define(decoder_config, trained)
     yield workers
     workers.close()
 

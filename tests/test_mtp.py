@@ -5,12 +5,14 @@ import os
 import random
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from uneven import Rows
 
 from skylar.layers.cache import KVCache
 from skylar.layers.deepseek_moe import BiasBalancingConfig
@@ -258,9 +260,12 @@ def test_another_ignore_index():
 
 # --- runs ---
 
-SETUP = """
+SETUP = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import torch.distributed as dist
+from uneven import Rows
 from skylar.models.decoder import CausalLM
 from skylar.models.families.deepseek_v3 import DeepSeekV3Config
 from skylar.models.families.qwen3 import Qwen3Config
@@ -274,31 +279,6 @@ V = 64
 """
 
 
-class Rows:
-    "Batches of 8 rows with very different numbers of targets, cut for micro-batches and ranks."
-
-    def __init__(self, micro=1, rank=0, size=1):
-        self.micro, self.rank, self.world_size, self.count = micro, rank, size, 0
-
-    def __iter__(self):
-        while True:
-            step, part = divmod(self.count, self.micro)
-            g = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, V, (8, 17), generator=g)
-            masked = torch.rand(8, 16, generator=g) >= torch.linspace(0.1, 1, 8)[:, None]
-            masked[0, 1:] = True  # a micro-batch of this row has no target at depth 1
-            batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:].masked_fill(masked, -100)}
-            self.count += 1
-            yield {k: v.chunk(self.micro)[part].chunk(self.world_size)[self.rank].contiguous()
-                   for k, v in batch.items()}
-
-    def state_dict(self):
-        return {"count": self.count}
-
-    def load_state_dict(self, state):
-        self.count = state["count"]
-
-
 def trained(config, parallel=None, rank=0, size=1, micro=1, steps=6, out_dir=None,
             resume=False, meta=False, **train):
     "What a run leaves: all tensors of the objective, rows of metrics."
@@ -309,7 +289,7 @@ def trained(config, parallel=None, rank=0, size=1, micro=1, steps=6, out_dir=Non
     settings = dict(steps=steps, dtype="float32", log_every=1, device="cpu", save_every=0,
                     grad_accum_steps=micro) | train
     trainer = Trainer(
-        objective, Rows(micro, rank, size), TrainConfig(**settings), quiet=True,
+        objective, Rows(micro, rank, size, alone=True), TrainConfig(**settings), quiet=True,
         optimizer=AdamWConfig(lr=3e-3), out_dir=out_dir,
         parallel=None if parallel is None else ParallelConfig(**parallel),
         schedule=ScheduleConfig(kind="constant", warmup_steps=0))
@@ -391,7 +371,7 @@ def test_a_checkpoint_opens_as_the_plain_model(tmp_path):
 @pytest.fixture(scope="module")
 def two():
     workers = Workers(2, SETUP)
-    workers.define(Rows, trained)
+    workers.define(trained)
     yield workers
     workers.close()
 
