@@ -33,7 +33,8 @@ from skylar.training.planner import (
 )
 from skylar.training.run import LoaderConfig, RunConfig, TrainConfig
 from skylar.utils.lesson import Workers
-from skylar.utils.processes import WholeDraws, own_matrices
+from skylar.utils.processes import WholeDraws
+from skylar.utils.sharded_matrices import own_range, own_rows
 
 WORKER = Path(__file__).with_name("expert_worker.py")
 
@@ -327,13 +328,14 @@ class Stack:
         return self.coordinates[i]
 
 
-def test_which_matrices_of_a_stack_are_here():
-    rows = Shard(1), Shard(0)
-    assert own_matrices(Stack(8, (1, 3), (2, 4), *rows)) == range(6, 8)
-    strided = _StridedShard(0, split_factor=4), Shard(0)
-    assert own_matrices(Stack(8, (1, 3), (2, 4), *strided)) == range(7, 8)
-    assert list(own_matrices(Stack(3, (3,), (4,), Shard(0)))) == []
-    assert own_matrices(Stack(3, (1, 0), (2, 4), Replicate(), Shard(0))) == range(1)
+@pytest.mark.parametrize(("stack", "here"), [
+    (Stack(8, (1, 3), (2, 4), Shard(1), Shard(0)), [6, 7]),
+    (Stack(8, (1, 3), (2, 4), _StridedShard(0, split_factor=4), Shard(0)), [7]),
+    (Stack(3, (3,), (4,), Shard(0)), []),
+    (Stack(3, (1, 0), (2, 4), Replicate(), Shard(0)), [0])])
+def test_which_matrices_of_a_stack_are_here(stack, here):
+    assert list(own_range(stack, stack.n)) == here
+    assert own_rows(stack, torch.arange(stack.n)).tolist() == here
 
 
 class Mesh:

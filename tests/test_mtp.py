@@ -14,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from uneven import Rows
 
+from skylar.layers.auxiliary import AuxiliaryOutput
 from skylar.layers.cache import KVCache
 from skylar.layers.deepseek_moe import BiasBalancingConfig
+from skylar.layers.router import expert_counts
 from skylar.models.decoder import CausalLM, count_parameters
 from skylar.models.families.deepseek_v3 import DeepSeekV3Config
 from skylar.models.families.gpt2 import GPT2Config
+from skylar.models.families.mixtral import MixtralConfig
 from skylar.models.families.qwen3 import Qwen3Config
 from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.models.mtp import (
@@ -296,7 +299,10 @@ def trained(config, parallel=None, rank=0, size=1, micro=1, steps=6, out_dir=Non
     rows = trainer.train(resume=resume, extend=resume)
     state = {n: t.full_tensor() if hasattr(t, "full_tensor") else t
              for n, t in objective.state_dict().items()}
-    return {"state": {n: t.detach().clone() for n, t in state.items()}, "rows": rows}
+    meshes = {n: t.device_mesh.mesh_dim_names for n, t in objective.state_dict().items()
+              if hasattr(t, "device_mesh")}
+    return {"state": {n: t.detach().clone() for n, t in state.items()}, "rows": rows,
+            "parted": {n for n, dims in meshes.items() if "experts" in dims}}
 
 
 RUNS = {"qwen3": DENSE, "deepseek_v3": SPARSE}
@@ -389,6 +395,33 @@ def test_two_ranks_equal_one_process(two, alone, parallel):
         run = trained(config)
     for found in two.run(on_rank, config, parallel, {"micro": 2}):
         assert_same(found, run)
+
+
+def test_experts_of_the_modules_are_divided_among_ranks_too(two):
+    config = replace(SPARSE, sequence_loss=0.0)
+    run = trained(config)
+    for found in two.run(on_rank, config, {"experts": 2}, {"micro": 2}):
+        assert {n.split(".")[0] for n in found["parted"]} == {"model", "mtp"}
+        assert_same(found, run)
+
+
+def test_a_mask_of_padding_holds_for_routers_of_modules_too():
+    "Tokens that are masked count in no layer, nor in the modules, which read fewer slots."
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=V, d_model=16, n_heads=2, n_kv_heads=1, d_head=8, d_ff=24,
+                           n_layers=2, n_experts=4, top_k=2, max_seq_len=64)
+    objective = MTPObjective(CausalLM(config), MTPConfig()).train()
+    ids, mask = ids_of(), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :4] = 0
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "attention_mask": mask}
+    seen = []
+    objective.auxiliary = lambda extras, batch: seen.extend(extras) or AuxiliaryOutput()
+    objective(batch)
+    assert [len(routed.experts) for routed in seen] == [24, 24, 22]
+    for routed, length in zip(seen, (12, 12, 11)):
+        kept = mask[:, :length].flatten().bool()
+        expected = routed.experts[kept].flatten().bincount(minlength=4)
+        assert expert_counts(routed, mask).tolist() == expected.tolist()
 
 
 def test_built_on_meta_and_sharded(two):

@@ -82,7 +82,8 @@ def token_weights(routed: RouterOutput, mask: Tensor | None) -> Tensor:  # (N,)
     "1 for a token, 0 for padding, as `attention_mask` has it; None: no padding."
     if mask is None:
         return routed.logits.new_ones(len(routed.logits))
-    return mask.flatten().to(routed.logits.dtype)
+    n = len(routed.logits) * mask.shape[-1] // mask.numel()  # in MTP (03_mla) below T
+    return mask[..., :n].flatten().to(routed.logits.dtype)
 
 
 def expert_counts(

@@ -258,10 +258,10 @@ def shard_experts(objective: nn.Module, mesh: DeviceMesh, config) -> list[nn.Mod
     data = mesh[replicas, shards] if config.replicas > 1 else mesh[shards]
     share = partial(
         fully_shard, mesh=data, mp_policy=block_policy(config.gather_dtype),
-        reshard_after_forward=frees_blocks(config, objective.model.model.layers),
+        reshard_after_forward=frees_blocks(config, blocks_of(objective)),
         shard_placement_fn=partial(split_dim, W=config.experts,
                                    shards=mesh[shards].size()))
-    found = share_experts(objective.model, mesh[experts])
+    found = share_experts(objective, mesh[experts])
     for module in found:
         module.compute = torch.compiler.disable(module.compute)  # sizes depend on data
         share(module)
