@@ -1,6 +1,8 @@
 """What lessons share: timers, intervals, a training loop, checks of checks, the course's files."""
 
+import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -11,7 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from skylar.utils.lesson import asset, mean_interval, milliseconds, rejects, train_steps
+from skylar.utils.lesson import (
+    asset,
+    bench_results,
+    mean_interval,
+    milliseconds,
+    rejects,
+    train_steps,
+)
 
 
 def check_double(f):
@@ -148,6 +157,14 @@ def test_assets_are_found_from_any_folder_of_the_tree(tmp_path, monkeypatch):
 def test_a_copied_lesson_finds_the_assets_of_the_installed_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert asset("ngram.json").is_file()
+    assert bench_results("lessons")["rows"]
+
+
+def test_lessons_find_results_from_any_folder_and_not_by_a_path_of_their_own():
+    for path in sorted((Path(__file__).parents[1] / "nbs").glob("[0-9]*/*.ipynb")):
+        code = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"]
+                if cell["cell_type"] == "code"]
+        assert not re.search(r"bench/results/|\"bench\" /", "\n".join(code)), path.name
 
 
 def test_a_missing_asset_is_one_clear_line(tmp_path, monkeypatch):
