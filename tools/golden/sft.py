@@ -1,4 +1,4 @@
-"""The loss of supervised fine-tuning: negative log-likelihoods over the tokens of all micro-batches.
+"""The loss of supervised fine-tuning: negative log-likelihoods over all micro-batches.
 
 TRL's SFTTrainer gives the model `num_items_in_batch`, the number of labels of all micro-batches
 and ranks; the model's loss is the sum of this micro-batch divided by it.
