@@ -89,7 +89,8 @@ def run_stage_command(config: Any) -> int:
         return 130 if result.signal else 0
     words = ["skylar", config.stage, "--config", stage.out / "config.yaml", "--resume"]
     if result.signal:
-        print(f"skylar: stopped and saved; go on with `{command_line(*words)}`", file=sys.stderr)
+        again = command_line(*words)
+        print(f"skylar: stopped and saved; go on with `{again}`", file=sys.stderr)
         return 130
     last = next((row for row in reversed(result.rows) if "val_loss" in row), {})
     show_summary({k: f"{v:.4f}" for k, v in last.items() if k.startswith("val_")})

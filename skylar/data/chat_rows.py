@@ -196,7 +196,7 @@ def _split_reasoning(text: str) -> tuple[str, str]:
     reasoning, _, answer = text.removeprefix("<think>").partition("</think>")
     return reasoning.strip(), answer.strip()
 
-
+# %% ../../nbs/library/chat_rows.ipynb #376a81bb
 def _clean_message(message: Any, n: int) -> dict:
     "One message in our form. `ValueError` that says what is wrong with it."
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

@@ -17,22 +17,24 @@ import torch
 from torch import Tensor
 
 from .chat import CHATML, PretrainedTokenizer, with_chat
-from .chat_rows import BadRows, Conversation, read_conversations  # noqa: F401
-from .chat_rows import read_rows, split_rows  # noqa: F401
+from .chat_rows import BadRows, Conversation  # noqa: F401
+from .chat_rows import read_conversations, read_rows, split_rows  # noqa: F401
 from .tokenizer import BPETokenizer
 
 _all_ = ["BadRows", "Conversation", "read_conversations", "read_rows", "split_rows"]
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #d2f0e1d5
 @lru_cache(maxsize=8)
-def turn_marks(tokenizer: PretrainedTokenizer) -> tuple[tuple[int, ...], frozenset[int]]:
+def turn_marks(
+    tokenizer: PretrainedTokenizer,
+) -> tuple[tuple[int, ...], frozenset[int]]:
     "Ids that the chat template writes before an answer, and those that end one."
     asked = [{"role": "user", "content": "a"}]
     without = tokenizer.chat(asked, add_generation_prompt=False)
     head = tokenizer.chat(asked, add_generation_prompt=True)
     if head[:len(without)] != without or len(head) == len(without):
-        raise ValueError("the chat template writes no mark before an answer, so that answers "
-                         "cannot be found; use a template such as ChatML")
+        raise ValueError("the chat template writes no mark before an answer, so that "
+                         "answers cannot be found; use a template such as ChatML")
     return tuple(head[len(without):]), frozenset(tokenizer.eos_token_ids)
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #d225270b
@@ -112,10 +114,11 @@ def chat_tokenizer(
     if tokenizer.chat_template not in (None, CHATML):  # CHATML: ours, without tools
         return tokenizer
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.control_tokens.keys():
-        return PretrainedTokenizer(tokenizer.files | {"chat_template.jinja": TOOL_CHATML})
+        template = {"chat_template.jinja": TOOL_CHATML}
+        return PretrainedTokenizer(tokenizer.files | template)
     if required:
-        raise ValueError("the tokenizer has no chat template, and not the tokens <|im_start|> "
-                         "and <|im_end|> of ChatML; give a model that has them")
+        raise ValueError("the tokenizer has no chat template, and not the tokens "
+                         "<|im_start|> and <|im_end|> of ChatML; give a model that has them")
     return tokenizer
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #8dd9c659
@@ -124,7 +127,7 @@ class Encoded(NamedTuple):
 
     ids: Sequence[int]  # (N,)
     labels: Sequence[int]  # (N,) -100 where the next token is not the assistant's
-    weights: Sequence[float]  # (N,) of the losses: 1, end_weight at the end of an answer
+    weights: Sequence[float]  # (N,) of the losses: 1, end_weight where an answer ends
 
 
 def check_written(tokenizer: PretrainedTokenizer, messages, tools) -> None:
@@ -133,13 +136,13 @@ def check_written(tokenizer: PretrainedTokenizer, messages, tools) -> None:
               if m.get(name)} | ({"tools"} if tools else set())
     for name in sorted(fields):
         if name not in (tokenizer.chat_template or ""):
-            raise ValueError(f"the chat template writes no {name}: they would be lost; give "
-                             "the tokenizer the template TOOL_CHATML")
+            raise ValueError(f"the chat template writes no {name}: they would be lost; "
+                             "give the tokenizer the template TOOL_CHATML")
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #46375f66
 def encode_conversation(
     tokenizer: PretrainedTokenizer,
-    messages: Sequence[dict],  # as for `tokenizer.chat`; "weight": 0 leaves an answer out
+    messages: Sequence[dict],  # of `tokenizer.chat`; "weight": 0 leaves an answer out
     *,
     max_len: int | None = None,  # most inputs; cut at the end of an answer
     end_weight: float = 1.0,  # of the token that ends an answer
@@ -151,12 +154,12 @@ def encode_conversation(
     answers = find_answers(ids, *turn_marks(tokenizer))
     spoken = [m for m in messages if m["role"] == "assistant"]
     if not spoken or len(answers) != len(spoken):
-        raise ValueError(f"{len(spoken)} answers, of which {len(answers)} are found between "
-                         "their marks; does one begin with a line break?")
+        raise ValueError(f"{len(spoken)} answers, of which {len(answers)} are found "
+                         "between their marks; does one begin with a line break?")
     fitting = [stop for _, stop in answers if max_len is None or stop <= max_len + 1]
     if not fitting:
-        raise ValueError(f"the first answer ends at token {answers[0][1]:,}, beyond the "
-                         f"{max_len:,} that fit")
+        raise ValueError(f"the first answer ends at token {answers[0][1]:,}, beyond "
+                         f"the {max_len:,} that fit")
     ids = list(ids[:fitting[-1]])
     labels, weights = [-100] * len(ids), [0.0] * len(ids)
     for (start, stop), message in zip(answers, spoken):
@@ -266,8 +269,8 @@ def check_position(state: dict, ours: dict) -> int:
 class RowLoader:
     """Endless batches of rows, reshuffled every epoch, resumable exactly.
 
-    All ranks together hand out one global sequence of rows; the state is the number of the
-    next one. With `shuffle=False`, `len(loader)` batches are one pass, the last one smaller."""
+    All ranks hand out one global sequence of rows; the state is the number of the next
+    one. With `shuffle=False`, `len(loader)` batches are one pass, the last one smaller."""
 
     def __init__(self, rows: Sequence, collate,  # collate(list of rows) -> batch
                  batch_size: int,  # rows a step on this rank
@@ -284,8 +287,7 @@ class RowLoader:
         self.prefetch, self.n_rows, self.sample_index = prefetch, len(rows), 0
         self.identity = {**(identity or {}), "seed": seed, "shuffle": shuffle}
 
-    def __len__(self) -> int:
-        "Batches of a pass on each rank."
+    def __len__(self) -> int:  # batches of a pass on each rank
         return -(-self.n_rows // (self.batch_size * self.world_size))
 
     def step_end(self, sample: int) -> int:
@@ -321,7 +323,7 @@ class RowLoader:
         return {"sample_index": self.sample_index, **self.identity}
 
     def load_state_dict(self, state: dict) -> None:
-        "Go on from `state`; `ValueError` if it is of other data or settings."
+        "Go on from `state`; `ValueError` if it is of other data."
         self.sample_index = check_position(state, self.identity)
 
 # %% ../../nbs/library/conversation_loader.ipynb #58f8ca89
