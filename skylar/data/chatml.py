@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .chat import CHATML, PretrainedTokenizer, with_chat
 from .chat_rows import BadRows, Conversation  # noqa: F401
-from .chat_rows import read_conversations, read_rows, split_rows  # noqa: F401
+from .chat_rows import read_conversations, read_rows  # noqa: F401
+from .chat_rows import split_rows  # noqa: F401
 from .tokenizer import BPETokenizer
 
 _all_ = ["BadRows", "Conversation", "read_conversations", "read_rows", "split_rows"]
@@ -118,7 +119,7 @@ def chat_tokenizer(
         return PretrainedTokenizer(tokenizer.files | template)
     if required:
         raise ValueError("the tokenizer has no chat template, and not the tokens "
-                         "<|im_start|> and <|im_end|> of ChatML; give a model that has them")
+                         "<|im_start|> and <|im_end|> of ChatML; give a model with them")
     return tokenizer
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #8dd9c659

@@ -150,8 +150,8 @@ def as_conversation(task: Task) -> list[dict]:
     return [*task.messages, {"role": "assistant", "content": task.expected}]
 
 # %% ../../nbs/library/battery.ipynb #ca5c7725
-_LIGHTHOUSE = ("The lighthouse of Ardmoor was built in 1871 by the engineer Clara Voss. It is 34 "
-               "metres high and was lit with oil until 1926.")
+_LIGHTHOUSE = ("The lighthouse of Ardmoor was built in 1871 by the engineer Clara Voss. It "
+               "is 34 meters high and was lit with oil until 1926.")
 _MARKET = ("The market of Bellano opens at seven and closes at noon. Fish is sold in the north "
            "hall, cheese and bread in the south hall.")
 _OPEN = (
