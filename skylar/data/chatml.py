@@ -119,7 +119,7 @@ def chat_tokenizer(
         return PretrainedTokenizer(tokenizer.files | template)
     if required:
         raise ValueError("the tokenizer has no chat template, and not the tokens "
-                         "<|im_start|> and <|im_end|> of ChatML; give a model with them")
+                         "<|im_start|> and <|im_end|> of ChatML; give one with them")
     return tokenizer
 
 # %% ../../nbs/04_posttrain/00_chatml.ipynb #8dd9c659

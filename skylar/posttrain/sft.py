@@ -22,7 +22,7 @@ from ..training.muon import OptimizerConfig
 from ..training.objective import LossOutput, add_auxiliary, read_with_extras
 from ..utils.checks import check_positive
 
-# %% ../../nbs/04_posttrain/01_sft.ipynb #bb625a87
+# %% ../../nbs/04_posttrain/01_sft.ipynb #cb7b5823
 def weighted_sum(
     loss: Callable,  # `linear_cross_entropy` or `cross_entropy`
     hidden: Tensor,  # (N, D)
@@ -36,16 +36,17 @@ def weighted_sum(
     ignored = options.get("ignore_index", -100)
     other = (labels != ignored) & (weights != 1)
     if other.any():  # such as the ends of answers
-        losses, _ = loss(hidden[other], weight, labels[other], reduction="none", **options)
+        losses, _ = loss(
+            hidden[other], weight, labels[other], reduction="none", **options)
         total = total + ((weights[other] - 1) * losses).sum()
     return total, n_valid
 
-
+# %% ../../nbs/04_posttrain/01_sft.ipynb #2ae2526e
 class SFTObjective(NextTokenObjective):
     """Next tokens of answers; batches and options as for `NextTokenObjective`.
 
-    With `weights` (B, T) in a batch, a target counts so many times in training; the divisor
-    stays the number of targets. In evaluation every target counts once."""
+    With `weights` (B, T) in a batch, a target counts so many times in training; the
+    divisor stays the number of targets. In evaluation every target counts once."""
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
         if not self.training or "weights" not in batch:
@@ -95,7 +96,7 @@ def loaders(config: SFTStage, stage: Stage) -> tuple:
     loader = ConversationLoader(
         train, tokenizer, seed=config.loader.seed, shuffle=config.loader.shuffle,
         end_weight=config.sft.end_weight, **shape)
-    eval_loader = ConversationLoader(val, tokenizer, shuffle=False, **shape) if val else None
+    held_out = ConversationLoader(val, tokenizer, shuffle=False, **shape) if val else None
     if bad.found:
         warnings.warn(str(bad))
-    return loader, eval_loader
+    return loader, held_out
