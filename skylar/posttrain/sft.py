@@ -96,7 +96,9 @@ def loaders(config: SFTStage, stage: Stage) -> tuple:
     loader = ConversationLoader(
         train, tokenizer, seed=config.loader.seed, shuffle=config.loader.shuffle,
         end_weight=config.sft.end_weight, **shape)
-    held_out = ConversationLoader(val, tokenizer, shuffle=False, **shape) if val else None
+    eval_loader = None
+    if val:
+        eval_loader = ConversationLoader(val, tokenizer, shuffle=False, **shape)
     if bad.found:
         warnings.warn(str(bad))
-    return loader, held_out
+    return loader, eval_loader
