@@ -296,15 +296,19 @@ class RowLoader:
         end = sample + self.batch_size * self.world_size
         return end if self.shuffle else min(end, (sample // self.n_rows + 1) * self.n_rows)
 
-    def batch(self, sample: int) -> dict[str, Tensor]:
-        "This rank's batch of the step that begins at `sample`: a pure function of it."
-        begin = sample + self.rank * self.batch_size
-        step = np.arange(begin, min(begin + self.batch_size, self.step_end(sample)))
-        epochs, index = np.divmod(step, self.n_rows)
+    def order(self, samples: Sequence[int]) -> np.ndarray:
+        "Which row each global number is."
+        epochs, index = np.divmod(np.asarray(samples), self.n_rows)
         for epoch in np.unique(epochs) if self.shuffle else ():
             here = epochs == epoch
             index[here] = permute(index[here], self.n_rows, self.seed, int(epoch))
-        return self.collate([self.rows[i] for i in index])
+        return index
+
+    def batch(self, sample: int) -> dict[str, Tensor]:
+        "This rank's batch of the step that begins at `sample`: a pure function of it."
+        begin = sample + self.rank * self.batch_size
+        end = min(begin + self.batch_size, self.step_end(sample))
+        return self.collate([self.rows[i] for i in self.order(range(begin, end))])
 
     def steps(self, sample: int) -> Iterator[int]:
         while True:
@@ -347,10 +351,10 @@ class ConversationLoader(RowLoader):
         lengths = [len(e.ids) for e in self.examples]
         packed = pack_rows(lengths, seq_len) if pack else [[i] for i in range(len(lengths))]
         self.seq_len, self.fingerprint = seq_len, fingerprint(self.examples)
-        super().__init__(packed, self._collate, batch_size, seed, **order, identity={
+        super().__init__(packed, self.collated, batch_size, seed, **order, identity={
             "data": self.fingerprint, "seq_len": seq_len, "pack": pack})
 
-    def _collate(self, rows: list[list[int]]) -> dict[str, Tensor]:
+    def collated(self, rows: list[list[int]]) -> dict[str, Tensor]:
         return collate([[self.examples[i] for i in row] for row in rows], self.seq_len)
 
     @property
