@@ -322,6 +322,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'skylar.data.chatml.fingerprint': ( 'library/conversation_loader.html#fingerprint',
                                                                         'skylar/data/chatml.py'),
                                     'skylar.data.chatml.pack_rows': ('04_posttrain/chatml.html#pack_rows', 'skylar/data/chatml.py'),
+                                    'skylar.data.chatml.row_order': ('library/conversation_loader.html#row_order', 'skylar/data/chatml.py'),
                                     'skylar.data.chatml.turn_marks': ('04_posttrain/chatml.html#turn_marks', 'skylar/data/chatml.py')},
             'skylar.data.dialogues': { 'skylar.data.dialogues._continues': ( 'library/dialogues.html#_continues',
                                                                              'skylar/data/dialogues.py'),
