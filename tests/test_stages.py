@@ -1,4 +1,4 @@
-"""Stages: a model in, a run folder out that the next stage opens; resumed, refused, on two ranks."""
+"""Stages: a model in, a run folder out that the next one opens; resumed, refused, two ranks."""
 
 import json
 import shutil
