@@ -21,13 +21,13 @@ TOOL = {"type": "function", "function": {
 
 
 def small_tokenizer() -> PretrainedTokenizer:
-    """ChatML with tools over a vocabulary of 320 tokens."""
-    return chat_tokenizer(BPETokenizer.train(TEXTS, vocab_size=320))
+    """ChatML with tools over a vocabulary of 300 tokens."""
+    return chat_tokenizer(BPETokenizer.train(TEXTS, vocab_size=300))
 
 
 def tiny_chat_model(tokenizer: PretrainedTokenizer, **sizes) -> CausalLM:
     """Two layers, width 32, with seeded weights."""
-    sizes = dict(d_model=32, d_head=8, d_ff=64, n_layers=2, max_seq_len=128) | sizes
+    sizes = dict(d_model=32, d_head=8, d_ff=64, n_layers=2, max_seq_len=256) | sizes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return CausalLM(get_config("test", vocab_size=tokenizer.vocab_size, **sizes))
@@ -74,6 +74,6 @@ def write_chats(path: Path, chats: list) -> Path:
 
 def save_base(folder: Path) -> Path:
     """A tiny untrained model with its tokenizer, as a Hugging Face folder."""
-    bpe = BPETokenizer.train(TEXTS, vocab_size=320)
+    bpe = BPETokenizer.train(TEXTS, vocab_size=300)
     save_pretrained(tiny_chat_model(small_tokenizer()), folder, bpe)
     return folder

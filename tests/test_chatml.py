@@ -141,7 +141,7 @@ def test_a_tokenizer_gets_a_template_if_it_has_the_marks(tokenizer):
     bare = PretrainedTokenizer({k: v for k, v in tokenizer.files.items()
                                 if k != "chat_template.jinja"})
     assert chat_tokenizer(bare).chat_template == TOOL_CHATML
-    poor = BPETokenizer.train(["a b"], vocab_size=262, special_tokens=("<eos>",))
+    poor = BPETokenizer.train(["a b"], vocab_size=257, special_tokens=("<eos>",))
     with pytest.raises(ValueError, match="no chat template"):
         chat_tokenizer(poor)
     assert chat_tokenizer(poor, required=False).chat_template is None
@@ -191,7 +191,7 @@ def test_rows_hold_each_once_and_none_too_much(seed):
 
 def test_a_batch_is_what_a_loop_writes(tokenizer):
     rows = [encode_conversation(tokenizer, c, end_weight=2.0) for c in sums(5)]
-    batch = collate([rows[:3], rows[3:]], 128)
+    batch = collate([rows[:3], rows[3:]], 256)
     T = batch["input_ids"].shape[1]
     assert T % 8 == 0 and all(x.shape == (2, T) for x in batch.values())
     for b, row in enumerate([rows[:3], rows[3:]]):
@@ -205,7 +205,7 @@ def test_a_batch_is_what_a_loop_writes(tokenizer):
         padding = {k: set(v[b, at:].tolist()) for k, v in batch.items() if k != "position_ids"}
         assert at == T or padding == {"input_ids": {0}, "labels": {-100}, "weights": {0.0},
                                       "document_ids": {len(row)}}
-    assert collate([], 128)["input_ids"].shape == (0, 8)  # a rank without rows
+    assert collate([], 256)["input_ids"].shape == (0, 8)  # a rank without rows
 
 
 def loss_and_gradient(model, batch):
@@ -219,8 +219,8 @@ def loss_and_gradient(model, batch):
 def test_packed_conversations_are_trained_as_if_alone(tokenizer):
     model = tiny_chat_model(tokenizer)
     rows = [encode_conversation(tokenizer, c) for c in sums(4)]
-    packed, gradients = loss_and_gradient(model, collate([rows], 128))
-    alone = [loss_and_gradient(model, collate([[e]], 128)) for e in rows]
+    packed, gradients = loss_and_gradient(model, collate([rows], 256))
+    alone = [loss_and_gradient(model, collate([[e]], 256)) for e in rows]
     torch.testing.assert_close(packed, sum(loss for loss, _ in alone))
     for ours, theirs in zip(gradients, zip(*(g for _, g in alone))):
         torch.testing.assert_close(ours, sum(theirs), rtol=1e-4, atol=1e-5)

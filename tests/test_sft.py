@@ -62,7 +62,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("end_weight", [1.0, 3.0, 0.5])
 def test_loss_and_gradients_equal_the_plain_formula(tokenizer, model, loss, end_weight):
-    batch = collate([encoded(tokenizer, end_weight=end_weight)], 128)
+    batch = collate([encoded(tokenizer, end_weight=end_weight)], 256)
     objective = SFTObjective(model, loss=loss).train()
     assert_same(outcome(model, lambda: objective(batch)),
                 outcome(model, lambda: plain(model, batch)))
@@ -87,7 +87,7 @@ def test_any_weights_any_upstream_gradient():
 
 
 def test_evaluation_counts_every_target_once(tokenizer, model):
-    batch = collate([encoded(tokenizer, end_weight=3.0)], 128)
+    batch = collate([encoded(tokenizer, end_weight=3.0)], 256)
     objective = SFTObjective(model, z_loss=1e-2).eval()
     total, n = plain(model, batch, weighted=False)
     output = objective(batch)
@@ -96,7 +96,7 @@ def test_evaluation_counts_every_target_once(tokenizer, model):
 
 
 def test_z_loss_is_added_in_training(tokenizer, model):
-    batch = collate([encoded(tokenizer)], 128)
+    batch = collate([encoded(tokenizer)], 256)
     logits = model(batch["input_ids"], batch["position_ids"], batch["document_ids"])
     valid = batch["labels"] != -100
     z = 1e-2 * logits.logsumexp(-1)[valid].square().sum()
@@ -122,7 +122,7 @@ def test_the_number_that_trl_divides_by(name):
 def test_accumulation_packing_and_padding_give_one_number(tokenizer, model):
     rows = encoded(tokenizer, 6, end_weight=2.0)
     objective = SFTObjective(model).train()
-    whole = collate([rows[:2], rows[2:4], rows[4:]], 128)
+    whole = collate([rows[:2], rows[2:4], rows[4:]], 256)
 
     def accumulated(batches):
         outputs = [objective(b) for b in batches]
@@ -130,20 +130,20 @@ def test_accumulation_packing_and_padding_give_one_number(tokenizer, model):
 
     micro = [{k: v[i:i + 1] for k, v in whole.items()} for i in range(3)]
     reference = outcome(model, lambda: objective(whole))
-    for batches in (micro, [collate([[e] for e in rows], 128)],  # one conversation a row
-                    [collate([[e]], 128) for e in rows], [collate([rows[:2]], 128),
-                                                          collate([rows[2:4], rows[4:]], 128)]):
+    for batches in (micro, [collate([[e] for e in rows], 256)],  # one conversation a row
+                    [collate([[e]], 256) for e in rows], [collate([rows[:2]], 256),
+                                                          collate([rows[2:4], rows[4:]], 256)]):
         assert_same(outcome(model, lambda b=batches: accumulated(b)), reference)
 
 
 def test_batch_mates_change_nothing(tokenizer, model):
     first, *others = encoded(tokenizer, 5)
     with torch.no_grad():
-        alone, _ = plain(model, collate([[first]], 128))
+        alone, _ = plain(model, collate([[first]], 256))
         for mates in ([others], [others[:1], others[1:]]):
             rows = [[first, *mates[0]], *mates[1:]]
-            together = [plain(model, collate([[e]], 128))[0] for row in rows for e in row]
-            batch, _ = plain(model, collate(rows, 128))
+            together = [plain(model, collate([[e]], 256))[0] for row in rows for e in row]
+            batch, _ = plain(model, collate(rows, 256))
             torch.testing.assert_close(batch, sum(together), rtol=1e-5, atol=1e-4)
             torch.testing.assert_close(together[0], alone)
 
@@ -152,7 +152,7 @@ def test_what_comes_later_changes_nothing(tokenizer, model):
     """The logits of an answer do not depend on the next conversation in the row."""
     a, b, c = encoded(tokenizer, 3)
     def run(row):
-        x = collate([row], 128)
+        x = collate([row], 256)
         return model(x["input_ids"], x["position_ids"], x["document_ids"])[0, :len(a.ids)]
     with torch.no_grad():
         torch.testing.assert_close(run([a, b]), run([a, c]), rtol=1e-5, atol=1e-5)
@@ -174,7 +174,7 @@ def test_ten_examples_are_learned_by_heart(tokenizer, model):
 
 
 def test_the_trainer_checks_the_labels(tokenizer, model):
-    batch = collate([encoded(tokenizer)], 128)
+    batch = collate([encoded(tokenizer)], 256)
     unshifted = batch | {"labels": batch["input_ids"].clone()}
     trainer = Trainer(SFTObjective(model), [unshifted], TrainConfig(steps=1), quiet=True)
     with pytest.raises(ValueError, match="labels equal input_ids"):

@@ -316,8 +316,9 @@ def _check_resumed(config: RunConfig, out: Path) -> RunConfig:
     if "run" not in metadata:
         raise ValueError(f"{where} was not made by `skylar pretrain`; resume it in Python, "
                          "or choose another --out")
-    made_by, now = metadata.get("stage", "pretrain"), getattr(config, "stage", "pretrain")
-    if made_by != now:
+    made_by, ours = (metadata.get("stage", "pretrain"),
+                     getattr(config, "stage", "pretrain"))
+    if made_by != ours:
         raise ValueError(f"{where} was made by `skylar {made_by}`; resume it with that, or "
                          "choose another --out")
     saved = build_config(type(config), metadata["run"])
