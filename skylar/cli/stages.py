@@ -104,7 +104,7 @@ def run_stage_command(config: Any) -> int:
 def sft(
     config: Any,  # an SFTStage
 ) -> int:
-    """Fine-tune a model on conversations. The loss is on what the assistant says alone.
+    """Fine-tune a model on conversations. The loss is on the assistant's tokens alone.
     Ctrl-C saves a checkpoint and stops; the same command with --resume goes on.
 
     Examples:
