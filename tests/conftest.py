@@ -89,6 +89,8 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_sigkill_then_resume_is_bit_for_bit",
         "test_sigterm_saves_the_finished_step_then_resume_is_bit_for_bit",
     },
+    "test_sft": {"test_ten_examples_are_learned_by_heart"},
+    "test_stages": {"test_two_ranks_train_what_one_trains"},
     "test_trainer": {"test_compiled_objective_gives_the_same_weights"},
 }
 

@@ -31,6 +31,7 @@ from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
+from .stages import STAGES, add_stage_flags, sft, stage_config
 from .sweep import sweep
 
 # %% ../../nbs/cli.ipynb #c049
@@ -582,6 +583,7 @@ COMMANDS = {
     "presets": presets,
     "plan": plan,
     "pretrain": pretrain,
+    "sft": sft,
     "lr-range": lr_range,
     "sweep": sweep,
     "watch": watch,
@@ -606,7 +608,9 @@ def command_parser(name: str) -> Parser:
         parser.add_config_flags()
     if function in (pretrain, plan):
         add_run_flags(parser)
-    if function is pretrain:
+    if name in STAGES:
+        add_stage_flags(parser, name)
+    if function is pretrain or name in STAGES:
         return parser
     add_flags(parser, read_parameters("skylar.cli.commands", function.__name__))
     if function is data_tokenize:
@@ -670,6 +674,8 @@ def run_command(words: list[str]) -> int:
         settings["config"] = files
     if COMMANDS[name] is pretrain:
         return pretrain(run_config(settings, files))
+    if name in STAGES:
+        return COMMANDS[name](stage_config(name, settings, files))
     parameters = inspect.signature(COMMANDS[name]).parameters.values()
     first = [settings.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
     return COMMANDS[name](*first, **settings) or 0

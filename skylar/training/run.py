@@ -250,8 +250,9 @@ def flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
 def check_same(saved: RunConfig, given: RunConfig, where: Path) -> None:
     "Refuse to resume with other settings; names the first that differs."
     old, new = flat(stored(saved)), flat(stored(given))
+    may_differ = getattr(given, "FREE", FREE)  # a stage of post-training has its own
     for key in dict.fromkeys([*old, *new]):
-        free = key in FREE or key.split(".")[0] in FREE
+        free = key in may_differ or key.split(".")[0] in may_differ
         if not free and old.get(key) != new.get(key):
             longer = key in ("train.steps", "train.minutes")
             how = "; --extend_to makes a run longer" if longer else ""
@@ -315,7 +316,12 @@ def _check_resumed(config: RunConfig, out: Path) -> RunConfig:
     if "run" not in metadata:
         raise ValueError(f"{where} was not made by `skylar pretrain`; resume it in Python, "
                          "or choose another --out")
-    saved = build_config(RunConfig, metadata["run"])
+    made_by, ours = (metadata.get("stage", "pretrain"),
+                     getattr(config, "stage", "pretrain"))
+    if made_by != ours:
+        raise ValueError(f"{where} was made by `skylar {made_by}`; resume it with that, or "
+                         "choose another --out")
+    saved = build_config(type(config), metadata["run"])
     if config.extend_to:
         if config.extend_to < saved.train.steps:
             raise ValueError(f"extend_to={config.extend_to}, but the run in {out} has "
@@ -551,7 +557,7 @@ def save_tokenizer(out: Path, tokenizer) -> None:
         shutil.rmtree(out / "tokenizer.part", ignore_errors=True)
         tokenizer.save(out / "tokenizer.part")
         (out / "tokenizer.part").rename(place)
-    elif BPETokenizer.load(place).fingerprint != tokenizer.fingerprint:
+    elif type(tokenizer).load(place).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{place} holds another tokenizer; choose another folder for this run")
 
 # %% ../../nbs/library/runs.ipynb #c031
@@ -642,19 +648,21 @@ def load_run(
             f"{found} does not say which model it holds; when you train in Python, give "
             "Trainer(..., metadata=save_run(out_dir, model, tokenizer)), as the README does")
     model = CausalLM(config_from_dict(metadata["model"]))
-    tokenizer = run_tokenizer(Path(folder), found, metadata["tokenizer"])
+    # a stage of post-training may have begun with anybody's model and tokenizer
+    kind = PretrainedTokenizer if "stage" in metadata else BPETokenizer
+    tokenizer = run_tokenizer(Path(folder), found, metadata["tokenizer"], kind)
     load_weights(folder, model)
     return model.eval(), tokenizer, metadata
 
 
-def run_tokenizer(folder: Path, checkpoint: Path, fingerprint: str) -> BPETokenizer:
+def run_tokenizer(folder: Path, checkpoint: Path, fingerprint: str, kind=BPETokenizer):
     "The tokenizer of a run, if it is the one that the model was trained with."
     places = [p / "tokenizer" for p in (folder, checkpoint, *checkpoint.absolute().parents[:2])]
     place = next((p for p in places if p.is_dir()), None)
     if place is None:
         raise FileNotFoundError(
             f"no tokenizer in {folder}; copy the run's tokenizer folder there")
-    tokenizer = BPETokenizer.load(place)
+    tokenizer = kind.load(place)
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(
             f"{place} is not the one that this model was trained with; put "
@@ -680,7 +688,8 @@ def open_model(
         device = pick_device(device)
     if is_run(where):
         model, tokenizer, _ = load_run(where)
-        tokenizer, listed = with_chat(tokenizer), ()
+        chats = isinstance(tokenizer, PretrainedTokenizer)  # saved by a stage
+        tokenizer, listed = tokenizer if chats else with_chat(tokenizer), ()
         model = model.to(device=device, dtype=dtype)
     else:
         model = from_pretrained(where, dtype, device)

