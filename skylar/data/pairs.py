@@ -109,6 +109,7 @@ class Pair:
 
 def _answer_ids(tokenizer, prompt: list[dict], ids: list[int], answer: str) -> list[int]:
     "Tokens of an answer behind the `ids` of its prompt, up to the end of the turn."
+    answer = answer.strip()  # a line break at its start would merge with that of its head
     whole = tokenizer.chat([*prompt, {"role": "assistant", "content": answer}],
                            add_generation_prompt=False)
     if whole[:len(ids)] != ids:

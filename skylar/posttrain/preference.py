@@ -139,7 +139,7 @@ def kto_losses(
     baseline: Tensor,  # () estimate of the divergence, at least 0, detached
     desirable: Tensor,  # (B,) bool
 ) -> Tensor:  # (B,)
-    "One minus the value of each answer (Ethayarajh et al. 2024, eq. 8)."
+    "One minus the value of each answer (Ethayarajh et al. 2024, section 4)."
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
     return weight * (1 - torch.sigmoid(config.beta * sign * (ratio - baseline)))

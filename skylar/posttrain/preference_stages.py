@@ -31,6 +31,8 @@ def stage_pairs(stage: Stage) -> tuple[list[Pair], list[Pair]]:
     bad = BadRows(config.bad_rows)
     texts = read_pairs(config.data, bad)
     pairs = encode_pairs(texts, stage.tokenizer, config.loader.seq_len, bad)
+    if len(pairs) < 4:
+        raise ValueError(f"{config.data} has {len(pairs)} usable pairs; give four or more")
     return split_rows(pairs, config.val_fraction)
 
 
@@ -58,7 +60,8 @@ class PreferenceStage(StageConfig):
     def build(self, stage: Stage) -> tuple[nn.Module, Iterable, Iterable | None]:
         parts, collate = stage_pairs(stage), pair_batch
         if self.preference.loss == "kto":
-            parts, collate = [graded_answers(part) for part in parts], graded_batch
+            parts = [graded_answers(part) if len(part) > 1 else [] for part in parts]
+            collate = graded_batch
         reference = None
         if self.preference.needs_reference:
             reference = open_reference(stage)
