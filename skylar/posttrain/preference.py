@@ -36,7 +36,7 @@ def sample_answers(
     eos_token_ids: Sequence[int],  # any of them ends an answer, and is its last token
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
-):  # -> n lists of ids; one that did not end has max_new_tokens
+) -> list[list[int]]:  # one that did not end has max_new_tokens ids
     "Several answers of a model to one prompt."
     ids = torch.tensor([list(prompt)] * n, device=model.lm_head.weight.device)
     found = generate(model, ids, max_new_tokens, temperature, generator=generator,
