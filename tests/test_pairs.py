@@ -6,8 +6,8 @@ from itertools import islice
 
 import pytest
 import torch
-from skylar.data.chat_rows import BadRows
 
+from skylar.data.chat_rows import BadRows
 from skylar.data.pairs import (
     ExampleLoader,
     Graded,

@@ -1,12 +1,11 @@
 """Preference optimization: equal to TRL's stored values and to plain code, whatever the batch."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_cases import golden
 from test_pairs import random_pairs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,21 +35,7 @@ from skylar.training.optim import AdamWConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.lesson import Workers, train_steps
 
-GOLDEN = Path(__file__).parent / "golden" / "preference.json"
 PAIRED = LOSSES[:4]
-
-
-def tensor(entry):
-    if not isinstance(entry, dict):
-        return entry
-    return torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"])).view(entry["shape"])
-
-
-@pytest.fixture(scope="module")
-def golden():
-    cases = json.loads(GOLDEN.read_text())["cases"]
-    return {case["name"]: {part: {k: tensor(v) for k, v in case[part].items()}
-                           for part in ("inputs", "outputs", "gradients")} for case in cases}
 
 
 def close(found, expected, **tolerance):
@@ -61,18 +46,19 @@ def close(found, expected, **tolerance):
 # --- golden values ---
 
 
+@pytest.fixture(scope="module")
+def cases():
+    return golden("preference")
+
+
 @pytest.mark.parametrize(("name", "loss"), [
     ("dpo_sigmoid", "dpo"), ("dpo_ipo", "ipo"), ("simpo", "simpo"), ("orpo", "orpo")])
-def test_losses_of_sums_equal_trl(golden, name, loss):
-    given = golden[name]["inputs"]
-    logps = given["logps"].clone().requires_grad_()
+def test_losses_of_sums_equal_trl(cases, name, loss):
+    given = cases[name].leaves()
     extra = {"gamma": given["gamma"]} if "gamma" in given else {}
     config = PreferenceConfig(loss=loss, beta=given["beta"], **extra)
-    rewards = implicit_rewards(config, logps, given["lengths"], given.get("reference"))
-    mean = pair_losses(config, rewards).mean()
-    close(mean, golden[name]["outputs"]["loss"])
-    mean.backward()
-    close(logps.grad, golden[name]["gradients"]["logps"])
+    rewards = implicit_rewards(config, given["logps"], given["lengths"], given.get("reference"))
+    cases[name].check(given, pair_losses(config, rewards).mean(), rtol=1e-5, atol=1e-6)
 
 
 class Stub(nn.Module):
@@ -109,22 +95,22 @@ def pair_batch_of(given):
 @pytest.mark.parametrize(("name", "settings"), [
     ("dpo_sigmoid_logits", {}), ("dpo_ipo_logits", {"loss": "ipo"}),
     ("simpo_logits", {"loss": "simpo"}), ("orpo_logits", {"loss": "orpo", "orpo_nll": "batch"})])
-def test_objectives_on_logits_equal_trl(golden, name, settings):
-    given = golden[name]["inputs"]
+def test_objectives_on_logits_equal_trl(cases, name, settings):
+    given = cases[name].inputs
     logits = given["logits"].clone().requires_grad_()
     extra = {"gamma": given["gamma"]} if "gamma" in given else {}
     config = PreferenceConfig(beta=given["beta"], **settings, **extra)
     objective = PreferenceObjective(Stub((given["input_ids"], logits)), None, config)
     output = objective(pair_batch_of(given))
     mean = output.loss_sum / output.n_valid
-    close(mean, golden[name]["outputs"]["loss"])
+    close(mean, cases[name].outputs["loss"])
     mean.backward()
-    close(logits.grad, golden[name]["gradients"]["logits"])
+    close(logits.grad, cases[name].gradients["logits"])
 
 
 @pytest.mark.parametrize("name", ["kto", "kto_baseline_zero"])
-def test_kto_on_logits_equals_trl(golden, name):
-    given = golden[name]["inputs"]
+def test_kto_on_logits_equals_trl(cases, name):
+    given = cases[name].inputs
     logits, ids, others = given["logits"].clone(), given["input_ids"], given["mismatched_ids"]
     logits.requires_grad_()
     batch = {
@@ -139,9 +125,9 @@ def test_kto_on_logits_equals_trl(golden, name):
     model = Stub((ids, logits), (others, given["mismatched_logits"]))
     output = PreferenceObjective(model, None, config)(batch)
     mean = output.loss_sum / output.n_valid
-    close(mean, golden[name]["outputs"]["loss"])
+    close(mean, cases[name].outputs["loss"])
     mean.backward()
-    close(logits.grad, golden[name]["gradients"]["logits"])
+    close(logits.grad, cases[name].gradients["logits"])
     total, n = output.metrics["baseline"]
     assert (float(total) / n == 0) == (name == "kto_baseline_zero")
 

@@ -2,12 +2,12 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from golden_cases import golden
 from test_pairs import random_pairs
 
 from skylar.data.chat import PretrainedTokenizer, with_chat
@@ -34,25 +34,13 @@ from skylar.training.optim import AdamWConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.lesson import train_steps
 
-GOLDEN = Path(__file__).parent / "golden" / "reward.json"
-
-
-def tensor(entry):
-    if not isinstance(entry, dict):
-        return entry
-    return torch.tensor(entry["values"], dtype=getattr(torch, entry["dtype"])).view(entry["shape"])
-
-
 @pytest.mark.parametrize("name", ["plain", "margin", "centering", "both"])
 def test_loss_and_gradient_equal_trl(name):
-    cases = {case["name"]: case for case in json.loads(GOLDEN.read_text())["cases"]}
-    given = {k: tensor(v) for k, v in cases[name]["inputs"].items()}
-    rewards = given["rewards"].requires_grad_()
+    case = golden("reward")[name]
+    given = case.leaves()
     loss = bradley_terry_losses(
-        *rewards, given.get("margin", 0.0), given.get("centering", 0.0)).mean()
-    torch.testing.assert_close(loss, tensor(cases[name]["outputs"]["loss"]))
-    loss.backward()
-    torch.testing.assert_close(rewards.grad, tensor(cases[name]["gradients"]["rewards"]))
+        *given["rewards"], given.get("margin", 0.0), given.get("centering", 0.0)).mean()
+    case.check(given, loss)
 
 
 @pytest.fixture
