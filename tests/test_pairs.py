@@ -2,7 +2,9 @@
 
 import json
 import random
+import sys
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from skylar.data.pairs import (
     answer_rows,
     encode_answers,
     encode_pairs,
+    fetch_pairs,
     graded_answers,
     graded_batch,
     pair_batch,
@@ -45,6 +48,9 @@ GOOD, WORSE = [message("assistant", "Hello!")], [message("assistant", "What?")]
     {"chosen": HI + GOOD, "rejected": HI + WORSE},
     {"prompt": "Hi", "chosen": HI + GOOD, "rejected": HI + WORSE},  # UltraFeedback, binarized
     {"prompt": HI, "chosen": HI + GOOD, "rejected": HI + WORSE},
+    {"question": "Hi", "system": "", "chosen": "Hello!", "rejected": "What?"},  # Orca pairs
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!",  # HH-RLHF
+     "rejected": "\n\nHuman: Hi\n\nAssistant: What?"},
 ])
 def test_every_published_shape_gives_the_same_pair(row):
     assert parse_pair(row, "a:1") == PairText(HI, "Hello!", "What?", 0.0, "a:1")
@@ -89,6 +95,27 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path):
     assert len(list(read_pairs(tmp_path, bad))) == 2
     with pytest.raises(ValueError, match="3 of 5 rows"):
         bad.close()
+
+
+def test_a_named_set_is_fetched_once_and_whole(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(repo, split, streaming):
+        asked.append((repo, split))
+        yield {"prompt": "Hi", "chosen": HI + GOOD, "rejected": HI + WORSE}
+        if len(asked) == 1:
+            raise OSError("the connection broke")
+        yield {"chosen": HI + WORSE, "rejected": HI + GOOD}
+
+    monkeypatch.setenv("SKYLAR_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(OSError, match="broke"):
+        fetch_pairs("ultrafeedback")
+    for _ in range(2):
+        found = list(read_pairs(fetch_pairs("ultrafeedback")))
+        assert [p.chosen for p in found] == ["Hello!", "What?"]
+    assert asked == [("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")] * 2
+    assert fetch_pairs(tmp_path / "mine.jsonl") == tmp_path / "mine.jsonl"
 
 
 def test_answers_are_what_the_template_writes_up_to_the_end_of_the_turn(tokenizer):

@@ -34,6 +34,7 @@ from skylar.training.optim import AdamWConfig
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.lesson import train_steps
 
+
 @pytest.mark.parametrize("name", ["plain", "margin", "centering", "both"])
 def test_loss_and_gradient_equal_trl(name):
     case = golden("reward")[name]

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ..data.chat_rows import BadRows, split_rows
-from ..data.pairs import ExampleLoader, Pair, encode_pairs, graded_answers
-from ..data.pairs import graded_batch, pair_batch, read_pairs
+from ..data.pairs import ExampleLoader, Pair, encode_pairs, fetch_pairs
+from ..data.pairs import graded_answers, graded_batch, pair_batch, read_pairs
 from .preference import PreferenceConfig, PreferenceObjective, with_reference
 from .reward import RewardConfig, RewardModel, RewardObjective
 from .stages import Frozen, Stage, StageConfig, open_frozen
@@ -29,7 +29,7 @@ def stage_pairs(stage: Stage) -> tuple[list[Pair], list[Pair]]:
     "Training and validation pairs of a stage's data."
     config = stage.config
     bad = BadRows(config.bad_rows)
-    texts = read_pairs(config.data, bad)
+    texts = read_pairs(fetch_pairs(config.data), bad)
     pairs = encode_pairs(texts, stage.tokenizer, config.loader.seq_len, bad)
     if len(pairs) < 4:
         raise ValueError(f"{config.data} has {len(pairs)} usable pairs; give four or more")
