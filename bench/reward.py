@@ -27,6 +27,7 @@ from skylar.posttrain.reward import RewardConfig, RewardModel, RewardObjective, 
 from skylar.utils.lesson import asset, mean_interval
 
 JUDGE, EPOCHS, LR, BATCH = 1.2, 2, 3e-4, 16
+LONG = re.compile(r"[A-Za-z]{5,}")
 ARMS = {"plain": RewardConfig(), "centered": RewardConfig(centering=0.01)}
 
 
@@ -34,7 +35,8 @@ ARMS = {"plain": RewardConfig(), "centered": RewardConfig(centering=0.01)}
 def speeches(part: str) -> tuple[tuple[str, str], ...]:
     text = train_text() if part == "train" else val_text()
     found = re.findall(r"\n\n([A-Z][A-Z ]{2,12}):\n(.+?)(?=\n\n)", text, re.S)
-    return tuple((name, body) for name, body in found if 8 <= len(body.split()) <= 18)
+    return tuple((name, body) for name, body in found
+                 if 8 <= len(body.split()) <= 18 and len(LONG.findall(body)) >= 3)
 
 
 @cache
@@ -43,13 +45,13 @@ def tokenizer():
 
 
 def misspell(body: str, n: int, rng: random.Random) -> str:
-    """Two letters swapped in n of its longer words."""
-    words = body.split(" ")
-    long = [i for i, w in enumerate(words) if len(re.sub(r"\W", "", w)) > 4]
-    for i in rng.sample(long, min(n, len(long))):
-        w, at = words[i], rng.randrange(1, len(words[i]) - 2)
-        words[i] = w[:at] + w[at + 1] + w[at] + w[at + 2:]
-    return " ".join(words)
+    """Two neighboring letters swapped in n of its long words."""
+    letters = list(body)
+    for word in rng.sample(list(LONG.finditer(body)), n):
+        inside = range(word.start() + 1, word.end() - 1)
+        at = rng.choice([i for i in inside if body[i] != body[i + 1]])
+        letters[at], letters[at + 1] = letters[at + 1], letters[at]
+    return "".join(letters)
 
 
 def judged(part: str, n: int, seed: int) -> list[Pair]:
