@@ -9,7 +9,13 @@ import torch
 from golden_cases import golden
 
 from skylar.posttrain.grpo import (
-    LOSSES, GRPOConfig, GRPOObjective, group_advantages, grpo_loss, grpo_preparer)
+    LOSSES,
+    GRPOConfig,
+    GRPOObjective,
+    group_advantages,
+    grpo_loss,
+    grpo_preparer,
+)
 from skylar.posttrain.rollout import RolloutConfig, RolloutLoader
 from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
 from skylar.training.objective import returns_mean

@@ -8,8 +8,17 @@ import torch
 from golden_cases import golden
 
 from skylar.posttrain.ppo import (
-    PPOConfig, PPOObjective, clipped_loss, gae, kl_estimate, ppo_losses, ppo_preparer,
-    token_rewards, value_loss, whiten)
+    PPOConfig,
+    PPOObjective,
+    clipped_loss,
+    gae,
+    kl_estimate,
+    ppo_losses,
+    ppo_preparer,
+    token_rewards,
+    value_loss,
+    whiten,
+)
 from skylar.posttrain.rollout import RolloutConfig, RolloutLoader
 from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
 from skylar.training.objective import returns_mean

@@ -4,13 +4,27 @@ import json
 
 import pytest
 import torch
+from skylar.posttrain.preference import token_logprobs
 
 from skylar.inference.generate import generate
-from skylar.posttrain.preference import token_logprobs
 from skylar.posttrain.rollout import (
-    FileTask, ReasoningGymTask, RolloutConfig, RolloutLoader, final_answer, reading, rollout)
+    FileTask,
+    ReasoningGymTask,
+    RolloutConfig,
+    RolloutLoader,
+    final_answer,
+    reading,
+    rollout,
+)
 from skylar.posttrain.sums import (
-    END, SumTask, SumTokenizer, expected_reward, right_probabilities, sum_batch, sums_model)
+    END,
+    SumTask,
+    SumTokenizer,
+    expected_reward,
+    right_probabilities,
+    sum_batch,
+    sums_model,
+)
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11]]
 
