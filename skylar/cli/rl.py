@@ -39,7 +39,8 @@ def ppo(
     come from a verifier (--data alone) or from a reward model.
 
     Examples:
-      skylar ppo --model runs/chat --data prompts.jsonl --reward_model runs/reward --out runs/ppo
+      skylar ppo --model runs/chat --data prompts.jsonl --reward_model runs/reward \\
+        --out runs/ppo
       skylar ppo --model smollm2 --data questions.jsonl --out runs/ppo --ppo.kl_target 6
     """
     return run_stage_command(config)
