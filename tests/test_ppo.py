@@ -22,7 +22,7 @@ from skylar.posttrain.ppo import (
 from skylar.posttrain.rollout import RolloutConfig, RolloutLoader
 from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
 from skylar.training.objective import returns_mean
-from skylar.training.optim import AdamWConfig
+from skylar.training.optim import AdamWConfig, ScheduleConfig
 from skylar.training.trainer import TrainConfig, Trainer
 
 CASES = ("plain", "short_horizon", "reward_to_go")
@@ -227,7 +227,8 @@ def trained(base, steps, tmp_path=None, resume=False, config=None, **settings):
         objective, loader(objective, base, **settings),
         TrainConfig(steps=steps, log_every=1, eval_every=0, save_every=2, device="cpu",
                     dtype="float32", async_save=False),
-        optimizer=AdamWConfig(lr=2e-3, weight_decay=0.0), out_dir=tmp_path, quiet=True)
+        optimizer=AdamWConfig(lr=2e-3, weight_decay=0.0), out_dir=tmp_path, quiet=True,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0))
     trainer.train(resume=resume, extend=resume)
     return trainer
 

@@ -73,7 +73,7 @@ def test_filtered_samples_have_the_filtered_distributions_log_probabilities(mode
 
 
 def test_rows_begin_with_their_prompts_and_end_with_an_end_token(model):
-    found = sample(model, tokens=30)
+    found = sample(model, tokens=50)
     batch, rows = found.batch(), found.completions()
     for i, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
         prompt = PROMPTS[i // 4]
