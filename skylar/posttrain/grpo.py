@@ -148,7 +148,7 @@ class GRPOConfig:
     sampler_cap: float | None = None  # weigh by trainer / sampler, at most so much
 
     def __post_init__(self):
-        check_choice("loss", self.loss, LOSSES)
+        object.__setattr__(self, "loss", check_choice("loss", self.loss, LOSSES))
         check_choice("scale_rewards", self.scale, ("group", "batch", "none"))
         check_int(longest=self.longest)
         names = ("epsilon", "epsilon_high", "delta", "sampler_cap")
