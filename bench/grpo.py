@@ -75,9 +75,9 @@ def mean_reward(model, tokenizer, task, n_problems: int) -> float:
     examples = [task[i] for i in range(n_problems)]
     batches = [examples[i:i + 32] for i in range(0, n_problems, 32)]
     config = RolloutConfig(n=1, max_new_tokens=SMOLLM2.max_new_tokens, system=SYSTEM)
-    rewards = [scored_rollouts(model, tokenizer, task, part, config, tokenizer.eos_token_ids,
-                               torch.Generator().manual_seed(i))["rewards"]
-               for i, part in enumerate(batches)]
+    torch.manual_seed(0)
+    rewards = [scored_rollouts(model, tokenizer, task, part, config,
+                               tokenizer.eos_token_ids)["rewards"] for part in batches]
     return torch.cat(rewards).mean().item()
 
 

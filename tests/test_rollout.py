@@ -12,6 +12,7 @@ from skylar.posttrain.rollout import (
     ReasoningGymTask,
     RolloutConfig,
     RolloutLoader,
+    by_uniform,
     final_answer,
     reading,
     rollout,
@@ -100,6 +101,26 @@ def test_batch_mates_and_padding_change_nothing(model):
             here, there = (token_logprobs(model, b) for b in (alone.batch(), whole))
         kept = whole["labels"][i] != -100
         torch.testing.assert_close(here[here != 0], there[i][kept], atol=1e-5, rtol=1e-5)
+
+
+def test_a_completion_depends_on_its_own_numbers_alone(model):
+    uniforms = torch.rand(12, 10, generator=seeded())
+    together = sample(model, uniforms=uniforms).completions()
+    for i, prompt in enumerate(PROMPTS):
+        own = uniforms[4 * i:4 * i + 4]
+        assert sample(model, [prompt], uniforms=own).completions() == together[4 * i:4 * i + 4]
+    with pytest.raises(ValueError, match="uniforms"):
+        sample(model, uniforms=uniforms[:, :3])
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.0, 0.2]).log().expand(100_000, 4)
+    found = by_uniform(logits, torch.rand(100_000, generator=seeded()))
+    shares = torch.bincount(found, minlength=4) / 100_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.0, 0.2]), atol=0.01, rtol=0)
+    assert shares[2] == 0
+    edges = by_uniform(logits[:2], torch.tensor([0.0, 1.0]))
+    assert edges.tolist() == [0, 3]
 
 
 def test_the_same_seed_gives_the_same_completions_and_another_others(model):
@@ -223,6 +244,12 @@ def test_ranks_share_the_prompts(sums):
     alone = [e.prompt for e in loader(sums).examples(8)]
     parts = [loader(sums, rank=r, world_size=2).examples(8) for r in range(2)]
     assert [e.prompt for part in parts for e in part] == alone
+    whole = next(iter(loader(sums)))
+    shares = [next(iter(loader(sums, rank=r, world_size=2))) for r in range(2)]
+    for key in ("rewards", "finished"):
+        assert torch.cat([share[key] for share in shares]).equal(whole[key])
+    written = [[row[row != -100].tolist() for row in b["labels"]] for b in (whole, *shares)]
+    assert written[0] == written[1] + written[2]
     with pytest.raises(ValueError, match="prompts=3"):
         loader(sums, prompts=3, world_size=2)
 

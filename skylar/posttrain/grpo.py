@@ -192,7 +192,7 @@ def grpo_metrics(t: Terms, batch: Mapping, config: GRPOConfig) -> dict:
     "Name -> (sum, count), from what the batch holds."
     tokens, N = t.mask.sum(), len(t.mask)
     found = {"entropy": (-(t.logprobs * t.mask).sum(), tokens), "length": (tokens, N),
-             "no_advantage": ((t.advantages == 0).sum(), N)}
+             "no_advantage": ((t.advantages.abs() < 1e-3).sum(), N)}
     if "old_logprobs" in batch:
         far = (t.ratio - 1).abs() > (config.epsilon or LOSSES[config.loss].low)
         found["outside"] = (far * t.mask).sum(), tokens  # tokens with a ratio beyond it
