@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_device', 'reading', 'Rollout', 'left_padded', 'check_unsharded', 'by_uniform', 'draw', 'rollout', 'Example',
            'Task', 'ReasoningGymTask', 'final_answer', 'read_example', 'FileTask', 'RolloutConfig', 'prompt_ids',
-           'scored_rollouts', 'own_uniforms', 'loader_state', 'load_loader_state', 'RolloutLoader']
+           'scored_rollouts', 'own_uniforms', 'shuffled', 'loader_state', 'load_loader_state', 'RolloutLoader']
 
 # %% ../../nbs/library/rollout.ipynb #b3906d10
 import json
@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -330,6 +331,12 @@ def own_uniforms(config: RolloutConfig, index: int) -> Tensor:  # (n, C)
     return torch.rand(config.n, config.max_new_tokens, generator=generator)
 
 
+@lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    "The order of an epoch."
+    return random.Random(f"{seed} {epoch}").sample(range(size), size)
+
+
 def loader_state(loader: "RolloutLoader") -> dict:
     "Where to go on; the number of ranks may change."
     return {"sample_index": loader.sample_index, "seed": loader.config.seed,
@@ -364,7 +371,6 @@ class RolloutLoader:
         self.eos = tokenizer.eos_token_ids if eos_token_id is None else tuple(eos_token_id)
         self.rank, self.world_size = rank, world_size
         self.sample_index = 0  # prompts used so far, by all ranks
-        self._order: tuple = None, []
 
     def own(self, start: int) -> range:
         "This rank's part of the prompts from number `start` on."
@@ -373,14 +379,9 @@ class RolloutLoader:
 
     def examples(self, start: int) -> list[Example]:
         "Those of `own(start)`; each epoch has its order."
-        found = []
-        for index in self.own(start):
-            epoch, at = divmod(index, len(self.task))
-            if self._order[0] != epoch:
-                size, chance = len(self.task), random.Random(f"{self.config.seed} {epoch}")
-                self._order = epoch, chance.sample(range(size), size)
-            found.append(self.task[self._order[1][at]])
-        return found
+        size, seed = len(self.task), self.config.seed
+        places = [divmod(index, size) for index in self.own(start)]
+        return [self.task[shuffled(size, seed, epoch)[at]] for epoch, at in places]
 
     @property
     def summary(self) -> str:
