@@ -178,8 +178,9 @@ def rollout(
     if uniforms.shape != (N, C):
         raise ValueError(f"uniforms is {tuple(uniforms.shape)}, give ({N}, {C})")
     session = open_session(model, N, P + C, True, wants_fused(model, C, True, fuse))
-    drawn = draw(model, session, ids, P, document_ids, eos, uniforms.to(ids.device),
-                 temperature, top_k, top_p)
+    with reading(model):  # once, not for every token
+        drawn = draw(model, session, ids, P, document_ids, eos, uniforms.to(ids.device),
+                     temperature, top_k, top_p)
     return Rollout(ids[:, :P + drawn[0].shape[1]], P, padding, *drawn, n)
 
 # %% ../../nbs/library/rollout.ipynb #d5312fad
@@ -318,7 +319,8 @@ def scored_rollouts(
     else:
         texts = map(tokenizer.decode, found.completions())
         rewards = [task.score(text, examples[i // config.n]) for i, text in enumerate(texts)]
-        batch["rewards"] = torch.tensor(rewards, device=found.ids.device)
+        batch["rewards"] = torch.tensor(
+            rewards, dtype=torch.float32, device=found.ids.device)
     if config.iterations > 1:  # the policy will not be the one that sampled
         with reading(model):
             batch["old_logprobs"] = token_logprobs(model, batch, config.temperature)
