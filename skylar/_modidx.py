@@ -2238,6 +2238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'skylar.posttrain.ppo.follow_kl': ('04_posttrain/ppo.html#follow_kl', 'skylar/posttrain/ppo.py'),
                                       'skylar.posttrain.ppo.gae': ('04_posttrain/ppo.html#gae', 'skylar/posttrain/ppo.py'),
                                       'skylar.posttrain.ppo.kl_estimate': ('04_posttrain/ppo.html#kl_estimate', 'skylar/posttrain/ppo.py'),
+                                      'skylar.posttrain.ppo.moments': ('04_posttrain/ppo.html#moments', 'skylar/posttrain/ppo.py'),
+                                      'skylar.posttrain.ppo.over_ranks': ('04_posttrain/ppo.html#over_ranks', 'skylar/posttrain/ppo.py'),
                                       'skylar.posttrain.ppo.ppo_losses': ('04_posttrain/ppo.html#ppo_losses', 'skylar/posttrain/ppo.py'),
                                       'skylar.posttrain.ppo.ppo_output': ('04_posttrain/ppo.html#ppo_output', 'skylar/posttrain/ppo.py'),
                                       'skylar.posttrain.ppo.ppo_preparer': ( '04_posttrain/ppo.html#ppo_preparer',

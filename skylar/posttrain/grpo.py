@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ppo import clipped_loss, kl_estimate
+from .ppo import clipped_loss, kl_estimate, moments
 from .preference import target_logprobs, token_logprobs
 from .rollout import on_device, reading
 from ..training.objective import LossOutput, add_auxiliary, auxiliary_of
@@ -35,7 +35,8 @@ def group_advantages(
     if scale == "group":
         centered = centered / (groups.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
-        centered = centered / (rewards.std() + 1e-4)
+        _, variance = moments(rewards, torch.ones_like(rewards))
+        centered = centered / (variance.sqrt() + 1e-4)
     return centered.flatten()
 
 # %% ../../nbs/04_posttrain/06_grpo.ipynb #d52f1543

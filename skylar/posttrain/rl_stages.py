@@ -91,6 +91,9 @@ class RLStage(StageConfig):
     def loader_of(self, stage, task: Task, prepare) -> RolloutLoader:
         "The loader of a stage: this rank's share of the prompts."
         rank, size = self.parallel.data_ranks(*rank_and_size())
+        if rank_and_size()[1] > 1 and self.parallel.strategy != "ddp":
+            raise ValueError("each process samples with the whole model; give "
+                             "--parallel.strategy ddp")
         context = stage.model.decoder_config.max_seq_len
         check_prompts(task, stage.tokenizer, self.rollout, context)
         if self.train.save_every % self.rollout.iterations:

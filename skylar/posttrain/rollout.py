@@ -98,7 +98,7 @@ def check_unsharded(model: nn.Module) -> None:
     weight = model.lm_head.weight
     if hasattr(weight, "full_tensor"):  # a DTensor
         raise ValueError("the model is sharded, and its ranks would sample texts of different "
-                         "lengths; train on one process, or replicate it (parallel.strategy)")
+                         "lengths; train on one process, or with parallel.strategy=ddp")
 
 # %% ../../nbs/library/rollout.ipynb #a5ee0903
 def by_uniform(
