@@ -1,7 +1,7 @@
 """One process of a small GRPO or PPO run, started by test_rl_ranks.py with torchrun.
 
-`python rl_worker.py OUT KIND SETTINGS`: KIND is grpo or ppo; SETTINGS are the config's, and `steps`,
-`out_dir`, `resume` as in the Trainer. The first rank writes the rows of metrics and the weights.
+`python rl_worker.py OUT KIND SETTINGS`: KIND is grpo or ppo; SETTINGS are the config's, and
+`steps`, `out_dir`, `resume` as in the Trainer. The first rank writes rows of metrics and weights.
 """
 
 import copy
