@@ -84,6 +84,10 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_several_ranks_equal_one_process",
         "test_tensor_parallel_ranks_clip_their_own_heads",
     },
+    "test_rl_ranks": {
+        "test_a_run_goes_on_at_another_number_of_ranks",
+        "test_two_ranks_are_the_run_of_one",
+    },
     "test_resume": {
         "test_sigkill_at_any_moment_of_saving_leaves_a_whole_checkpoint",
         "test_sigkill_then_resume_is_bit_for_bit",

@@ -1,0 +1,117 @@
+"""GRPO's family at equal budgets, and one of them on a real chat model.
+
+`losses`: the nine losses on sums of two digits, from the same half-trained model, five seeds, the
+same number of samples and updates, each at the best of three learning rates; the expected reward
+is exact. Two iterations a batch, so that the ratio is not 1 in every second update. `smollm2`:
+SmolLM2-135M-Instruct on `chain_sum` of reasoning-gym; the mean reward of sampled answers to
+held-out problems before and after. `merge`: one file of both.
+
+    python bench/grpo.py losses               # about 10 minutes on one core
+    python bench/grpo.py smollm2              # about 40 minutes on two cores
+    python bench/grpo.py merge
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import time
+
+import torch
+from common import ROOT, record, write
+
+from skylar.posttrain.grpo import LOSSES, GRPOConfig, GRPOObjective, grpo_preparer
+from skylar.posttrain.rollout import (
+    ReasoningGymTask,
+    RolloutConfig,
+    RolloutLoader,
+    scored_rollouts,
+)
+from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
+from skylar.training.optim import AdamWConfig, ScheduleConfig
+from skylar.training.run import open_model
+from skylar.training.trainer import TrainConfig, Trainer
+from skylar.utils.lesson import mean_interval
+
+RATES, SEEDS, UPDATES = (1e-3, 2e-3, 4e-3), range(5), 30
+RESULTS = ROOT / "bench" / "results"
+PROBLEMS = dict(min_terms=2, max_terms=3, min_digits=1, max_digits=2)
+SYSTEM = "Solve the problem. End with a line 'Answer: ' and the number."
+SMOLLM2 = RolloutConfig(prompts=4, n=8, max_new_tokens=32, system=SYSTEM)
+
+
+def trained(model, tokenizer, task, rollouts, config, steps, lr, seed=0):
+    """Rows of metrics of a run with the Trainer; changes `model`."""
+    objective = GRPOObjective(model, config, rollouts.temperature)
+    loader = RolloutLoader(model, tokenizer, task, rollouts, prepare=grpo_preparer(config))
+    trainer = Trainer(
+        objective, loader, TrainConfig(steps=steps, log_every=1, eval_every=0, save_every=0,
+                                       device="cpu", dtype="float32", seed=seed),
+        optimizer=AdamWConfig(lr=lr, weight_decay=0.0),
+        schedule=ScheduleConfig(kind="wsd", warmup_steps=0), quiet=True)
+    return trainer.train()
+
+
+def losses() -> None:
+    """Each loss at each rate, with every seed."""
+    base, rows = sums_model(), []
+    for name, lr in itertools.product(LOSSES, RATES):
+        found = []
+        for seed in SEEDS:
+            model = copy.deepcopy(base)
+            rollouts = RolloutConfig(prompts=16, n=8, max_new_tokens=3, chat=False, seed=seed,
+                                     iterations=2)
+            trained(model, SumTokenizer(), SumTask(), rollouts,
+                    GRPOConfig(loss=name, longest=3), UPDATES, lr, seed)
+            found.append(expected_reward(model))
+        mean, half = mean_interval(found)
+        rows.append({"loss": name, "lr": lr, "reward": mean, "half_width": half,
+                     "rewards": found})
+    record("grpo_losses", rows, before=expected_reward(base))
+
+
+def mean_reward(model, tokenizer, task, n_problems: int) -> float:
+    """Of one sampled answer to each of the first problems."""
+    examples = [task[i] for i in range(n_problems)]
+    batches = [examples[i:i + 32] for i in range(0, n_problems, 32)]
+    config = RolloutConfig(n=1, max_new_tokens=SMOLLM2.max_new_tokens, system=SYSTEM)
+    torch.manual_seed(0)
+    rewards = [scored_rollouts(model, tokenizer, task, part, config,
+                               tokenizer.eos_token_ids)["rewards"] for part in batches]
+    return torch.cat(rewards).mean().item()
+
+
+def smollm2() -> None:
+    """SmolLM2-135M-Instruct: held-out problems have another seed than those of training."""
+    model, tokenizer, _ = open_model("smollm2", dtype=torch.float32)
+    task = ReasoningGymTask("chain_sum", seed=0, **PROBLEMS)
+    held_out = ReasoningGymTask("chain_sum", size=256, seed=1_000_000, **PROBLEMS)
+    before, start = mean_reward(model, tokenizer, held_out, 256), time.perf_counter()
+    config = GRPOConfig(loss="dapo", longest=SMOLLM2.max_new_tokens)
+    rows = trained(model, tokenizer, task, SMOLLM2, config, 60, 3e-6)
+    record("grpo_smollm2", rows, before=before,
+           after=mean_reward(model, tokenizer, held_out, 256),
+           seconds=time.perf_counter() - start)
+
+
+def merge() -> None:
+    """grpo.json: each loss at its best rate, and SmolLM2."""
+    family, real = (json.loads((RESULTS / f"grpo_{name}.json").read_text())
+                    for name in ("losses", "smollm2"))
+    best = {}
+    for row in family["rows"]:
+        if row["reward"] > best.get(row["loss"], {"reward": -1})["reward"]:
+            best[row["loss"]] = row
+    write("grpo", list(best.values()), before=family["before"], smollm2={
+        "before": real["before"], "after": real["after"],
+        "curve": [row["reward"] for row in real["rows"]]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("losses", "smollm2", "merge"))
+    {"losses": losses, "smollm2": smollm2, "merge": merge}[parser.parse_args().command]()
+
+
+if __name__ == "__main__":
+    main()
