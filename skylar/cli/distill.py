@@ -16,12 +16,12 @@ def distill(
     checkpoint and stops; the same command with --resume goes on.
 
     Examples:
-      skylar distill --model runs/small --teacher runs/chat --data chats.jsonl --out runs/student
+      skylar distill --model runs/small --teacher runs/chat --data chats.jsonl --out runs/s
       skylar distill --model runs/small --teacher runs/chat --data chats.jsonl --out runs/own \\
         --on_policy 1 --distill.divergence reverse_kl --rollout.n 4
       skylar distill --model runs/small --teacher smollm2 --data chats.jsonl --out runs/texts \\
         --writer teacher --distill.divergence none --distill.ce_weight 1
-      skylar distill --config runs/student/config.yaml --resume
+      skylar distill --config runs/s/config.yaml --resume
     """
     from skylar.cli.stages import run_stage_command
 

@@ -30,7 +30,7 @@ class PromptTask:
         answered = [c.messages for c in conversations if c.messages[-1]["role"] == "assistant"]
         self.prompts = [messages[:-1] for messages in answered if len(messages) > 1]
         if not self.prompts:
-            raise ValueError("no conversation ends with an answer that has a message before it: "
+            raise ValueError("no conversation ends with an answer after another message: "
                              "there is nothing to sample answers to")
 
     def __len__(self) -> int:
@@ -84,8 +84,8 @@ class WrittenLoader(RolloutLoader):
             else:
                 rows.append((found.ids, found.labels))
         if not rows:
-            raise ValueError(f"none of {len(answers)} answers of the teacher can be used: they are "
-                             "empty, or longer than loader.seq_len")
+            raise ValueError(f"none of the teacher's {len(answers)} answers can be used: empty "
+                             "ones, or longer than loader.seq_len")
         return right_padded(rows)
 
 # %% ../../nbs/library/distill_stage.ipynb #3642b6bc
@@ -116,8 +116,8 @@ class MixedLoader:
         "Go on from `state`; `ValueError` if it is of another mixture."
         for key, ours in (("part", self.part), ("seed", self.seed)):
             if state.get(key) != ours:
-                raise ValueError(f"the saved loader has {key}={state.get(key)}, this one {ours}; "
-                                 "resume with the same on_policy and loader.seed")
+                raise ValueError(f"the saved loader has {key}={state.get(key)}, not {ours}: "
+                                 "resume with that on_policy and loader.seed")
         self.data.load_state_dict(state["data"])
         self.written.load_state_dict(state["written"])
         self.index = state["index"]
@@ -141,8 +141,8 @@ class DistillStage(StageConfig):
         if not 0 <= self.on_policy <= 1:
             raise ValueError(f"on_policy={self.on_policy}: give 0 (none) to 1 (all batches)")
         if self.on_policy and self.distill.divergence == "none":
-            raise ValueError("on_policy with distill.divergence='none' trains the student on its "
-                             "own texts; give a divergence")
+            raise ValueError("on_policy with divergence='none' trains the student on its own "
+                             "texts alone; give a divergence")
 
     def build(self, stage: Stage) -> tuple:
         "Objective, loader, validation loader."
@@ -151,7 +151,8 @@ class DistillStage(StageConfig):
         if self.distill.divergence != "none":
             check_same_tokens(stage.model, teacher.model, (ours, theirs))
         train, val = split_rows(read_conversations(self.data, bad), self.val_fraction)
-        size = dict(seq_len=self.loader.seq_len, seed=self.loader.seed, bad=bad, **stage.shape())
+        size = dict(seq_len=self.loader.seq_len, seed=self.loader.seed, bad=bad)
+        size |= stage.shape()
         loader = ConversationLoader(train, ours, prefetch=self.loader.prefetch, **size)
         evaluation = ConversationLoader(val, ours, shuffle=False, **size) if val else None
         bad.close()

@@ -1,4 +1,4 @@
-"""The generalized Jensen-Shannon divergence of TRL's GKDTrainer: values and the student's gradients.
+"""The generalized Jensen-Shannon divergence of TRL's GKDTrainer, and the student's gradients.
 
 `batchmean` divides by the tokens whose label is not -100, and there is no factor for the
 temperature.
