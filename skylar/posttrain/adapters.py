@@ -12,7 +12,7 @@ from typing import Literal
 
 from torch import nn
 
-from .peft import TARGETS, LoRAConfig, attach_adapters, remove, save_adapter
+from .peft import LoRAConfig, attach_adapters, remove, save_adapter
 from ..utils.checks import check_choice
 
 # %% ../../nbs/library/adapters.ipynb #05f79805
@@ -25,7 +25,8 @@ class AdapterConfig:
     alpha: float = 16.0  # the update is multiplied by alpha / rank
     rslora: bool = False  # by alpha / sqrt(rank) instead
     dropout: float = 0.0  # on the adapter's input
-    targets: tuple[str, ...] = TARGETS  # last part of the names of layers
+    targets: tuple[str, ...] = (  # last part of the names of layers
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self):
         check_choice("adapter.kind", self.kind, ("none", "lora", "dora", "qlora"))

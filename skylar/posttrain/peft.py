@@ -476,7 +476,8 @@ def _file_names(model: nn.Module) -> dict[str, str]:
     weight_map = model.config.weight_map() if hasattr(model.config, "weight_map") else []
     whole = [m for m in weight_map if len(m.parameters) == 1 and m.index is None
              and not (m.transposed or m.stacked or m.rows)]
-    return {m.parameters[0].removesuffix(".weight"): m.name.removesuffix(".weight") for m in whole}
+    return {m.parameters[0].removesuffix(".weight"): m.name.removesuffix(".weight")
+            for m in whole}
 
 
 def _file_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -484,8 +485,8 @@ def _file_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     names, found = _file_names(model), {}
     for name, layer in adapters(model):
         if name not in names:
-            raise ValueError(f"{name} is no tensor of its own in Hugging Face's files: merge the "
-                             "adapter and save the model")
+            raise ValueError(f"{name} is no tensor of its own in Hugging Face's files: merge "
+                             "the adapter and save the model")
         own = dict(layer.named_parameters(recurse=False))
         found |= {f"base_model.model.{names[name]}.{theirs}": own[ours]
                   for theirs, ours in _PARTS.items() if ours in own}
