@@ -1,4 +1,4 @@
-"""Adapters: LoRA, DoRA and QLoRA against their formulas and against peft; prompts, prefixes, side."""
+"""Adapters: LoRA, DoRA and QLoRA by formula and against peft; prompts, prefixes, side networks."""
 
 import json
 
