@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
-from skylar.posttrain.rollout import RolloutConfig
-from skylar.posttrain.stages import open_stage, train_stage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +25,8 @@ from skylar.posttrain.distill_stage import (
     WrittenLoader,
     right_padded,
 )
+from skylar.posttrain.rollout import RolloutConfig
+from skylar.posttrain.stages import open_stage, train_stage
 from skylar.training.run import LoaderConfig, load_run
 from skylar.training.trainer import TrainConfig
 from skylar.utils.lesson import asset
@@ -456,3 +456,16 @@ def test_stage_refuses(chats, tmp_path):
          "give a divergence")):
         with pytest.raises(ValueError, match=message):
             stage_of(chats, tmp_path / "x", **changes)
+
+
+def test_the_command_has_a_flag_for_each_setting():
+    from skylar.cli.commands import command_parser
+    from skylar.cli.stages import stage_config
+
+    words = ["--model", "a", "--teacher", "b", "--data", "c.jsonl", "--out", "d",
+             "--distill.divergence", "jsd", "--distill.beta", "0.3", "--on_policy", "0.5",
+             "--rollout.n", "4"]
+    config = stage_config("distill", command_parser("distill").parse_words(words))
+    assert config == DistillStage(
+        model="a", teacher="b", data="c.jsonl", out="d", on_policy=0.5,
+        distill=DistillConfig(divergence="jsd", beta=0.3), rollout=RolloutConfig(n=4))

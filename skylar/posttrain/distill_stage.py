@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.chat_rows import BadRows, read_conversations, split_rows
-from ..data.chatml import ConversationLoader, encode_conversation
+from ..data.chatml import ConversationLoader, chat_tokenizer, encode_conversation
 from .distill import DistillConfig, DistillObjective, check_same_tokens
 from .rollout import Example, RolloutConfig, RolloutLoader, rollout
 from .stages import Stage, StageConfig, open_frozen
@@ -157,8 +157,10 @@ class DistillStage(StageConfig):
         evaluation = ConversationLoader(val, ours, shuffle=False, **size) if val else None
         bad.close()
         if self.writer == "teacher":
-            loader = self.written(teacher.model, theirs, train, stage)
-            loader.reader = None if tokenizer_rules(theirs) == tokenizer_rules(ours) else ours
+            same = tokenizer_rules(theirs) == tokenizer_rules(ours)
+            author = ours if same else chat_tokenizer(theirs)
+            loader = self.written(teacher.model, author, train, stage)
+            loader.reader = None if same else ours
         if self.on_policy:
             own = self.written(stage.model, ours, train, stage)
             loader = MixedLoader(loader, own, self.on_policy, self.loader.seed)
