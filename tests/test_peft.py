@@ -422,10 +422,22 @@ def test_ten_examples_are_learned_and_the_base_stays(tiny_model, name):
 
 
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
-def test_packed_sequences_are_refused(tiny_model, name):
-    objective = objectives(tiny_model)[name]
+def test_targets_in_a_second_document_are_refused(tiny_model, name):
+    objective, documents = objectives(tiny_model)[name], torch.zeros_like(BATCH["input_ids"])
+    documents[:, 5:] = 1
     with pytest.raises(ValueError, match="pack=False"):
-        objective(BATCH | {"document_ids": torch.zeros_like(BATCH["input_ids"])})
+        objective(BATCH | {"document_ids": documents})
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_padding_as_a_document_of_its_own_changes_nothing(tiny_model, name):
+    objective = objectives(tiny_model)[name]
+    expected = objective(BATCH).loss_sum
+    ids, steps = F.pad(BATCH["input_ids"], (0, 3)), torch.tensor([*range(8), *range(3)])
+    batch = {"input_ids": ids, "labels": F.pad(BATCH["labels"], (0, 3), value=-100),
+             "position_ids": steps.expand(2, -1),
+             "document_ids": F.pad(torch.zeros_like(BATCH["labels"]), (0, 3), value=1)}
+    torch.testing.assert_close(objective(batch).loss_sum, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama3"])
@@ -454,14 +466,6 @@ def test_a_prompt_of_real_tokens_is_these_tokens(tiny_model):
     assert model(rest).shape[-1] == 97
     assert model.lm_head.weight is model.model.embed_tokens.weight or (
         not model.decoder_config.tie_embeddings)
-
-
-def test_the_first_label_of_a_text_is_not_predicted_from_the_prompt(tiny_model):
-    embedding = PromptEmbedding(tiny_model().model.embed_tokens, torch.arange(3))
-    found = embedding.prepend(BATCH)
-    assert found["input_ids"][0, :3].tolist() == [97, 98, 99]
-    assert (found["labels"][:, :3] == -100).all()
-    assert torch.equal(found["labels"][:, 3:], BATCH["labels"])
 
 
 def test_the_side_network_sends_no_gradient_into_the_decoder(tiny_model):
