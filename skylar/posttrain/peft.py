@@ -101,17 +101,19 @@ def attach_adapters(model: nn.Module, config: LoRAConfig, only=None) -> nn.Modul
 
 # %% ../../nbs/04_posttrain/02_peft.ipynb #5d451a98
 def _delta(layer: LoRALinear) -> Tensor:  # (out, in)
-    return layer.scaling * (layer.lora_B @ layer.lora_A)
+    with torch.autocast(layer.lora_A.device.type, enabled=False):  # it is not rounded
+        return layer.scaling * (layer.lora_B @ layer.lora_A)
 
 def _full_weight(layer: LoRALinear) -> Tensor:
     return layer.weight
 
 def _merged_weight(layer: LoRALinear) -> Tensor:
     weight = layer.full_weight()
-    return (weight.float() + layer.delta()).to(weight.dtype)
+    return (weight.to(layer.lora_A.dtype) + layer.delta()).to(weight.dtype)
 
 def _unmerged_weight(layer: LoRALinear) -> Tensor:
-    return (layer.weight.float() - layer.delta()).to(layer.weight.dtype)
+    weight = layer.weight
+    return (weight.to(layer.lora_A.dtype) - layer.delta()).to(weight.dtype)
 
 LoRALinear.delta, LoRALinear.full_weight = _delta, _full_weight
 LoRALinear.merged_weight, LoRALinear.unmerged_weight = _merged_weight, _unmerged_weight
@@ -166,7 +168,7 @@ class DoRALinear(LoRALinear):
         self.lora_magnitude_vector = nn.Parameter(lengths)
 
     def gain(self) -> Tensor:  # (out,)
-        v = (self.weight.float() + self.delta()).detach()
+        v = self.weight.to(self.lora_A.dtype) + self.delta().detach()
         return self.lora_magnitude_vector / v.norm(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,17 +176,17 @@ class DoRALinear(LoRALinear):
         if self.merged:
             return y
         gain, kept = self.gain(), self.dropout(x)
-        plain = F.linear(kept, self.weight).float()
+        plain = F.linear(kept, self.weight).to(self.lora_A.dtype)
         return y + ((gain - 1) * plain + gain * self.update(kept)).to(y.dtype)
 
 # %% ../../nbs/04_posttrain/02_peft.ipynb #be2bd9f0
 def _dora_merged(layer: DoRALinear) -> Tensor:
     layer.merged_gain = layer.gain().detach()[:, None]
-    v = layer.weight.float() + layer.delta()
+    v = layer.weight.to(layer.lora_A.dtype) + layer.delta()
     return (layer.merged_gain * v).to(layer.weight.dtype)
 
 def _dora_unmerged(layer: DoRALinear) -> Tensor:
-    v = layer.weight.float() / layer.merged_gain
+    v = layer.weight.to(layer.lora_A.dtype) / layer.merged_gain
     return (v - layer.delta()).to(layer.weight.dtype)
 
 DoRALinear.merged_weight, DoRALinear.unmerged_weight = _dora_merged, _dora_unmerged
