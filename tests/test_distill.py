@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
+from test_distributed import numbers, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from skylar.models.hub import load_tokenizer
+from skylar.models.decoder import CausalLM
+from skylar.models.hub import from_pretrained, load_tokenizer, save_pretrained
+from skylar.models.presets import get_config
 from skylar.posttrain.distill import (
     CoDistillObjective,
     DistillConfig,
@@ -27,6 +30,7 @@ from skylar.posttrain.distill_stage import (
 )
 from skylar.posttrain.rollout import RolloutConfig
 from skylar.posttrain.stages import open_stage, train_stage
+from skylar.training.muon import OptimizerConfig
 from skylar.training.run import LoaderConfig, load_run
 from skylar.training.trainer import TrainConfig
 from skylar.utils.lesson import asset
@@ -391,10 +395,24 @@ def chats(tmp_path_factory):
     return path
 
 
-def stage_of(chats, out, **changes):
-    where = str(asset("shakespeare"))
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "A student with the tokenizer of the course's Shakespeare model."
+    tokenizer = load_tokenizer(asset("shakespeare"))
+    torch.manual_seed(0)
+    model = CausalLM(get_config(
+        "test", family="qwen3", vocab_size=2048, d_model=32, n_heads=4, n_kv_heads=2, d_head=8,
+        d_ff=64, n_layers=2, max_seq_len=256))
+    folder = tmp_path_factory.mktemp("student") / "model"
+    save_pretrained(model, folder, tokenizer)
+    return folder
+
+
+def stage_of(chats, out, model=None, **changes):
+    teacher = str(asset("shakespeare"))
     settings = dict(
-        model=where, teacher=where, data=str(chats), out=str(out), val_fraction=0.2,
+        model=str(model or teacher), teacher=teacher, data=str(chats), out=str(out),
+        val_fraction=0.2, optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0),
         loader=LoaderConfig(batch_size=2, seq_len=128),
         train=TrainConfig(steps=4, eval_every=2, save_every=2, log_every=1, dtype="float32"))
     return DistillStage(**settings | changes)
@@ -406,7 +424,8 @@ OWN = dict(on_policy=1.0, rollout=RolloutConfig(prompts=2, n=2, max_new_tokens=8
 @pytest.mark.parametrize("changes", [{}, OWN, {"on_policy": 0.5, "rollout": OWN["rollout"]},
                                      {"writer": "teacher", "rollout": OWN["rollout"]}],
                          ids=["data", "own", "mixed", "teacher"])
-def test_a_stopped_stage_goes_on_as_if_nothing_had_happened(chats, tmp_path, changes):
+def test_a_stopped_stage_goes_on_as_if_nothing_had_happened(chats, small, tmp_path, changes):
+    changes = changes | {"model": small}
     whole = open_stage(stage_of(chats, tmp_path / "whole", **changes))
     assert train_stage(whole, quiet=True).finished
     part = open_stage(stage_of(chats, tmp_path / "part", **changes))
@@ -417,6 +436,23 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_happened(chats, tmp_path, cha
     ours, theirs = (load_run(tmp_path / name)[0].state_dict() for name in ("whole", "part"))
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-6, rtol=1e-5)
+    begun = from_pretrained(small).state_dict()
+    assert any(not torch.equal(begun[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_what_one_trains(chats, small, tmp_path, strategy):
+    words = ["distill", "--model", small, "--teacher", asset("shakespeare"), "--data", chats,
+             "--parallel.strategy", strategy, "--loader.batch_size", 2, "--loader.seq_len", 128,
+             "--train.steps", 3, "--train.log_every", 1, "--train.eval_every", 0,
+             "--train.dtype", "float32", "--optimizer.lr", "1e-3"]
+    for n, name in ((1, "alone"), (2, "two")):
+        torchrun(n, "-m", "skylar", *map(str, words), "--out", str(tmp_path / name))
+    alone = numbers(tmp_path / "alone")
+    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-4) for row in alone]
+    a, b = (load_run(tmp_path / name)[0] for name in ("alone", "two"))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(chats, tmp_path):
