@@ -11,7 +11,7 @@ from torch import nn
 from skylar.layers.cache import KVCache
 from skylar.models.decoder import CausalLM
 from skylar.models.families.llama3 import Llama3Config
-from skylar.models.hub import save_pretrained
+from skylar.models.hub import from_pretrained, save_pretrained
 from skylar.posttrain.adapters import AdapterConfig, open_adapted
 from skylar.posttrain.peft import (
     LAYERS,
@@ -38,7 +38,12 @@ from skylar.posttrain.peft import (
     training_bytes,
     unmerge,
 )
+from skylar.posttrain.stages import open_stage, train_stage
 from skylar.training.loss import NextTokenObjective
+from skylar.training.muon import OptimizerConfig
+from skylar.training.run import LoaderConfig, load_run
+from skylar.training.trainer import TrainConfig
+from skylar.utils.lesson import asset
 
 KINDS = ("lora", "dora", "qlora")
 IDS = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -487,3 +492,53 @@ def test_adapters_survive_the_fused_decoder_and_generation(tiny_model):
     assert why_not_fused(model).endswith("is a LoRALinear")
     expected = generate(model, IDS[:1], 25, 0.0)
     assert torch.equal(generate(remove(model), IDS[:1], 25, 0.0), expected)
+
+
+# --- in a stage ---
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [{"messages": [{"role": "user", "content": f"Who speaks in scene {i}?"},
+                          {"role": "assistant", "content": f"The king, {i} times."}]}
+            for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def stage_of(chats, out, kind, **changes):
+    from skylar.posttrain.sft import SFTStage
+
+    return SFTStage(
+        model=str(asset("shakespeare")), data=str(chats), out=str(out), val_fraction=0.0,
+        adapter=AdapterConfig(kind=kind, rank=4), loader=LoaderConfig(batch_size=2, seq_len=128),
+        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0),
+        train=TrainConfig(steps=4, eval_every=0, save_every=2, log_every=1, dtype="float32"),
+        **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_stage_goes_on_and_leaves_a_plain_model_and_an_adapter(chats, tmp_path, kind):
+    assert train_stage(open_stage(stage_of(chats, tmp_path / "whole", kind)), quiet=True).finished
+    part = open_stage(stage_of(chats, tmp_path / "part", kind))
+    assert train_stage(part, (lambda row: row["step"] == 2,), quiet=True).step == 2
+    again = open_stage(stage_of(chats, tmp_path / "part", kind, resume=True))
+    assert train_stage(again, quiet=True).finished
+    models = [load_run(tmp_path / name)[0] for name in ("whole", "part")]
+    begun = from_pretrained(asset("shakespeare")).float()
+    for model in models:
+        assert not list(adapters(model)) and set(model.state_dict()) == set(begun.state_dict())
+    ours, theirs = (model.state_dict() for model in models)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-6, rtol=1e-5)
+    load_adapter(begun, tmp_path / "whole" / "adapter", kind)
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(remove(begun).eval()(ids), models[0](ids), atol=1e-4, rtol=1e-4)
+    save_pretrained(models[0], tmp_path / "export")
+
+
+def test_an_export_that_would_lose_an_adapter_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="is of an adapter"):
+        save_pretrained(adapted(tiny_model()), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
