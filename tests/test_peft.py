@@ -29,12 +29,14 @@ from skylar.posttrain.peft import (
     adapters_off,
     dequantize_nf4,
     load_adapter,
+    load_prompt,
     merge,
     nf4_bytes,
     quantize_nf4,
     read_states,
     remove,
     save_adapter,
+    save_prompt,
     training_bytes,
     unmerge,
 )
@@ -376,6 +378,54 @@ def test_peft_opens_ours_and_we_open_its(tiny_model, tmp_path, kind):
         load_adapter(again, tmp_path / "theirs")
         torch.testing.assert_close(again(IDS), theirs(IDS).logits, atol=3e-5, rtol=1e-4)
         assert not torch.allclose(again(IDS), model(IDS), atol=1e-3)
+
+
+def prompts(make):
+    torch.manual_seed(0)
+    return {"prompt": PromptObjective(make().eval(), torch.arange(5)),
+            "prefix": PrefixObjective(make().eval(), 5)}
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_prompts_saved_and_loaded(tiny_model, tmp_path, name):
+    one, other = prompts(tiny_model)[name], prompts(tiny_model)[name]
+    with torch.no_grad():
+        for p in one.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    save_prompt(one, tmp_path / "p")
+    assert not torch.equal(one(BATCH).loss_sum, other(BATCH).loss_sum)
+    load_prompt(other, tmp_path / "p")
+    assert torch.equal(one(BATCH).loss_sum, other(BATCH).loss_sum)
+    wrong = prompts(tiny_model)[{"prompt": "prefix", "prefix": "prompt"}[name]]
+    with pytest.raises(ValueError, match="_TUNING"):
+        load_prompt(wrong, tmp_path / "p")
+    longer = PromptObjective(tiny_model(), torch.arange(6)) if name == "prompt" else (
+        PrefixObjective(tiny_model(), 6))
+    with pytest.raises(ValueError, match="this model and length need"):
+        load_prompt(longer, tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["prompt", "prefix"])
+def test_peft_opens_our_prompts_and_we_open_its(tiny_model, tmp_path, name):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    save_pretrained(tiny_model(), tmp_path / "base")
+    one, other = prompts(tiny_model)[name], prompts(tiny_model)[name]
+    with torch.no_grad():
+        for p in one.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    save_prompt(one, tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    with torch.no_grad():
+        logits = theirs(BATCH["input_ids"]).logits[:, -BATCH["input_ids"].shape[1]:]
+        loss = F.cross_entropy(logits.flatten(0, 1), BATCH["labels"].flatten(), reduction="sum")
+        torch.testing.assert_close(one.eval()(BATCH).loss_sum, loss, atol=1e-3, rtol=1e-4)
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_prompt(other, tmp_path / "theirs")
+    torch.testing.assert_close(other.eval()(BATCH).loss_sum, one(BATCH).loss_sum)
 
 
 @pytest.mark.parametrize("kind", KINDS)
