@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 from common import ROOT, record
-from skylar.posttrain.rollout import rollout
 
 from skylar.data.held_out import text_bits_per_byte, train_text, val_plays
 from skylar.models.decoder import CausalLM, count_parameters
 from skylar.models.hub import from_pretrained, load_tokenizer
 from skylar.models.presets import get_config
 from skylar.posttrain.distill import DistillConfig, DistillObjective
+from skylar.posttrain.rollout import rollout
 from skylar.training.loss import NextTokenObjective, linear_cross_entropy
 from skylar.utils.lesson import asset
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from skylar.posttrain.preference import token_logprobs
 
 from skylar.inference.generate import generate
+from skylar.posttrain.preference import token_logprobs
 from skylar.posttrain.rollout import (
     FileTask,
     ReasoningGymTask,

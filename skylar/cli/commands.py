@@ -32,6 +32,9 @@ from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
 from .stages import STAGES, add_stage_flags, sft, stage_config
+from .preference import preference, reward
+from .rl import grpo, ppo
+from .distill import distill
 from .sweep import sweep
 
 # %% ../../nbs/cli.ipynb #c049
@@ -584,6 +587,11 @@ COMMANDS = {
     "plan": plan,
     "pretrain": pretrain,
     "sft": sft,
+    "preference": preference,
+    "reward": reward,
+    "ppo": ppo,
+    "grpo": grpo,
+    "distill": distill,
     "lr-range": lr_range,
     "sweep": sweep,
     "watch": watch,

@@ -18,6 +18,11 @@ from .flags import read_parameters
 # %% ../../nbs/library/cli_stages.ipynb #8b8dfa84
 STAGES = {  # command -> module and class of its config
     "sft": ("skylar.posttrain.sft", "SFTStage"),
+    "preference": ("skylar.posttrain.preference_stages", "PreferenceStage"),
+    "reward": ("skylar.posttrain.preference_stages", "RewardStage"),
+    "ppo": ("skylar.posttrain.rl_stages", "PPOStage"),
+    "grpo": ("skylar.posttrain.rl_stages", "GRPOStage"),
+    "distill": ("skylar.posttrain.distill_stage", "DistillStage"),
 }
 
 

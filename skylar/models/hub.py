@@ -56,6 +56,9 @@ def _weight_map(config: Any) -> list[TensorMapping]:
 def _save_weights(model: CausalLM, folder: Path, limit: int) -> None:
     "One model.safetensors, or numbered shards and an index that says what is where."
     ours = state_tensors(model)
+    if adapted := next((name for name in ours if ".lora_" in name), None):
+        raise ValueError(f"{adapted} is of an adapter, which this format cannot hold; "
+                         "remove(model) works it into the weights")
     shards, files = _shards(_weight_map(model.config), ours, limit), {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"

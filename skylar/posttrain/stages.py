@@ -9,7 +9,7 @@ __all__ = ['StageConfig', 'Stage', 'Frozen', 'open_frozen', 'check_stage', 'open
 # %% ../../nbs/library/stages.ipynb #9fc26894
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,7 @@ from ..data.chat import PretrainedTokenizer
 from ..data.chatml import chat_tokenizer
 from ..models.decoder import CausalLM, count_parameters
 from ..models.presets import config_from_dict
+from .adapters import AdapterConfig
 from ..training.checkpoint import checkpoint_bytes, load_metadata
 from ..training.distributed import ParallelConfig
 from ..training.guard import GuardConfig
@@ -56,6 +57,7 @@ class StageConfig:
     resume: bool = False  # go on from the newest checkpoint in --out, or start if none
     extend_to: int | None = None  # with --resume: new train.steps; may raise --minutes, too
     upload: str | None = None  # s3://...: checkpoints are copied there, and fetched by --resume
+    adapter: AdapterConfig = AdapterConfig()  # train an adapter instead of all weights
     loader: LoaderConfig = LoaderConfig(batch_size=8, seq_len=512)
     train: TrainConfig = TrainConfig(steps=200, eval_every=50, save_every=100)
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-5, weight_decay=0.0)
@@ -166,9 +168,10 @@ def stage_model(config: StageConfig) -> tuple[CausalLM, PretrainedTokenizer]:
     out = Path(config.out).expanduser()
     if has_checkpoint(out):
         tokenizer = PretrainedTokenizer.load(out / "tokenizer")
-        return CausalLM(config_from_dict(load_metadata(out)["model"])), tokenizer
+        model = CausalLM(config_from_dict(load_metadata(out)["model"]))
+        return config.adapter.attach(model), tokenizer
     model, tokenizer, _ = open_model(config.model, dtype=torch.float32)
-    return model, chat_tokenizer(tokenizer, required=False)
+    return config.adapter.attach(model), chat_tokenizer(tokenizer, required=False)
 
 # %% ../../nbs/library/stages.ipynb #a40101a1
 def stage_metadata(stage: Stage) -> dict:
@@ -176,6 +179,7 @@ def stage_metadata(stage: Stage) -> dict:
     config, model = stage.config, stage.parts[0].model
     return run_metadata(
         model.config, stage.tokenizer, stage=config.stage, base=config.model,
+        adapter=asdict(config.adapter),
         steps=config.train.steps, run=stored(config), record=record_of(stage))
 
 
@@ -203,6 +207,8 @@ def train_stage(
             rows = trainer.train(config.resume, extend=config.extend_to is not None)
             if uploader and trainer.interrupted:
                 uploader.patience = 20.0
+        if config.parallel.strategy == "ddp" or rank_and_size()[1] == 1:  # it is whole
+            on_main(config.adapter.save, objective.model, stage.out, config.model)
     return RunResult(rows=rows, step=trainer.progress.step,
                      finished=trainer.progress.done >= 1, signal=trainer.interrupted)
 
