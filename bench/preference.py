@@ -18,7 +18,6 @@ import argparse
 import copy
 import random
 import re
-import time
 from functools import cache
 from itertools import groupby
 
@@ -151,13 +150,12 @@ def autocast():
 
 
 def train(arm: str, pairs: list[Pair], lr: float, steps: int, seed: int):
-    """The trained model, and seconds a step."""
+    """The trained model."""
     torch.manual_seed(seed)
     model = copy.deepcopy(opened()[0]).requires_grad_()
     with autocast():
         objective, loader = objective_of(arm, model.train(), pairs, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.0)
-    begun = time.perf_counter()
     for step, batch in zip(range(steps), loader):
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
@@ -167,7 +165,7 @@ def train(arm: str, pairs: list[Pair], lr: float, steps: int, seed: int):
         (total / n).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    return model.eval(), (time.perf_counter() - begun) / steps
+    return model.eval()
 
 
 @torch.no_grad()
@@ -192,7 +190,7 @@ def measure(model, prompts: list[list[int]], seed: int) -> dict[str, float]:
 def summary(rows: list[dict], arm: str) -> dict[str, list[float]]:
     """Mean and 95% interval over seeds of each metric."""
     of_arm = [row for row in rows if row["arm"] == arm and row["final"]]
-    names = ("known_words", "tokens", "ended", "different_bigrams", "kl", "step_seconds")
+    names = ("known_words", "tokens", "ended", "different_bigrams", "kl")
     found = {}
     for name in names:
         values = [row[name] for row in of_arm]
@@ -215,20 +213,20 @@ def main() -> None:
     rows, rates = [], {}
     for seed in range(args.seeds):
         row = measure(opened()[0], held_out, seed)
-        rows.append({"arm": "base", "seed": seed, "final": True, "step_seconds": 0.0, **row})
+        rows.append({"arm": "base", "seed": seed, "final": True, **row})
     for arm in ARMS:
         tried, first = {}, {}
         for lr in RATES:
             first[lr] = train(arm, pairs, lr, args.steps, seed=0)
-            found = measure(first[lr][0], tuning, seed=0)
+            found = measure(first[lr], tuning, seed=0)
             tried[lr] = found["known_words"]
             rows.append({"arm": arm, "seed": 0, "lr": lr, "final": False, **found})
         rates[arm] = max(tried, key=tried.get)
         for seed in range(args.seeds):
-            model, seconds = (train(arm, pairs, rates[arm], args.steps, seed) if seed
-                              else first[rates[arm]])
+            model = (train(arm, pairs, rates[arm], args.steps, seed) if seed
+                     else first[rates[arm]])
             rows.append({"arm": arm, "seed": seed, "lr": rates[arm], "final": True,
-                         "step_seconds": seconds, **measure(model, held_out, seed)})
+                         **measure(model, held_out, seed)})
             print(rows[-1], flush=True)
     best = {arm: summary(rows, arm) for arm in ("base", *ARMS)}
     if args.dry:
