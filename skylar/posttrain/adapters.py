@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from .peft import LoRAConfig, attach_adapters, remove, save_adapter
@@ -37,9 +38,13 @@ class AdapterConfig:
         "The same as a LoRAConfig."
         return LoRAConfig(**asdict(self) | {"targets": tuple(self.targets)})
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        "Adapters in `model`, in place; nothing if there are to be none."
-        return model if self.kind == "none" else attach_adapters(model, self.lora())
+    def attach(self, model: nn.Module, seed: int = 0) -> nn.Module:
+        "Adapters in `model`, in place, the same ones for a seed; nothing if kind is none."
+        if self.kind == "none":
+            return model
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return attach_adapters(model, self.lora())
 
     def save(self, model: nn.Module, out: str | Path, base: str) -> None:
         "`out/adapter`, as `peft` reads it, unless it is there."
