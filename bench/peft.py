@@ -100,7 +100,8 @@ def run(arm: str, seeds: int, steps: int) -> dict:
     found = [train(arm, ids, lr, seed, steps) for seed in range(seeds)]
     trained = sum(p.numel() for p in found[0].parameters() if p.requires_grad)
     bits = [nats(o, held_out) / math.log(2) / n_bytes for o in found]
-    return {"arm": arm, "trained": trained, "lr": lr, "bits_per_byte": [round(b, 4) for b in bits]}
+    return {"arm": arm, "trained": trained, "lr": lr, "steps": steps,
+            "bits_per_byte": [round(b, 4) for b in bits]}
 
 
 def main() -> None:
@@ -110,17 +111,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
-    rows = []
-    for arm in args.arms:
-        rows.append(run(arm, args.seeds, args.steps))
-        print(rows[-1], flush=True)
-    if args.dry:
-        return
     path = ROOT / "bench" / "results" / "peft.json"
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows += [r for r in old if r["arm"] not in args.arms]
-    record("peft", sorted(rows, key=lambda r: list(ARMS).index(r["arm"])), seeds=args.seeds,
-           steps=args.steps, tokens_a_step=BATCH * LENGTH, held_out_bytes=4 * HELD_OUT)
+    for arm in args.arms:
+        row = run(arm, args.seeds, args.steps)
+        print(row, flush=True)
+        if not args.dry:  # at once, so that several processes can share the arms
+            old = json.loads(path.read_text())["rows"] if path.exists() else []
+            rows = [row, *(r for r in old if r["arm"] != arm)]
+            record("peft", sorted(rows, key=lambda r: list(ARMS).index(r["arm"])),
+                   tokens_a_step=BATCH * LENGTH, held_out_bytes=4 * HELD_OUT)
 
 
 if __name__ == "__main__":
