@@ -26,7 +26,7 @@ from skylar.training.loss import NextTokenObjective
 from skylar.utils.lesson import asset
 
 LENGTH, BATCH, HELD_OUT = 64, 8, 10_000  # tokens, windows, characters of a play
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 
 
 def base():

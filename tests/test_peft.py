@@ -12,7 +12,15 @@ from skylar.layers.cache import KVCache
 from skylar.models.decoder import CausalLM
 from skylar.models.families.llama3 import Llama3Config
 from skylar.models.hub import from_pretrained, save_pretrained
-from skylar.posttrain.adapters import AdapterConfig, open_adapted
+from skylar.posttrain.adapters import (
+    AdapterConfig,
+    adapters_off,
+    load_adapter,
+    load_prompt,
+    open_adapted,
+    save_adapter,
+    save_prompt,
+)
 from skylar.posttrain.peft import (
     LAYERS,
     NF4,
@@ -26,17 +34,12 @@ from skylar.posttrain.peft import (
     SideObjective,
     adapter_parameters,
     adapters,
-    adapters_off,
     dequantize_nf4,
-    load_adapter,
-    load_prompt,
     merge,
     nf4_bytes,
     quantize_nf4,
     read_states,
     remove,
-    save_adapter,
-    save_prompt,
     training_bytes,
     unmerge,
 )
