@@ -44,9 +44,9 @@ ARMS: dict[str, tuple[Callable, float]] = {  # what is trained, factor of RATES
     "rsLoRA 64": (lora(rank=64, rslora=True), 1.0),
     "DoRA 8": (lora(rank=8, kind="dora"), 1.0),
     "QLoRA 8": (lora(rank=8, kind="qlora"), 1.0),
-    "prompt 16": (lambda ids: PromptObjective(base(), ids[:16]), 10.0),
-    "prefix 16": (lambda ids: PrefixObjective(base(), 16), 10.0),
-    "side": (lambda ids: SideObjective(base()), 1.0),
+    "prompt 16": (lambda ids: PromptObjective(base(), ids[:16]), 30.0),
+    "prefix 16": (lambda ids: PrefixObjective(base(), 16), 30.0),
+    "side": (lambda ids: SideObjective(base()), 3.0),
 }
 
 
