@@ -38,6 +38,7 @@ def lora(**options) -> Callable:
 
 
 ARMS: dict[str, tuple[Callable, float]] = {  # what is trained, factor of RATES
+    "no training": (lambda ids: NextTokenObjective(base()), 0.0),
     "all weights": (lambda ids: NextTokenObjective(base()), 0.3),
     "LoRA 8": (lora(rank=8), 1.0),
     "LoRA 64": (lora(rank=64), 1.0),
@@ -95,10 +96,11 @@ def run(arm: str, seeds: int, steps: int) -> dict:
     ids, chosen_ids, held_out = encode(plays), encode([chosen_on])[:5_000], encode(beginnings)
     n_bytes = sum(len(play.upper().encode()) for play in beginnings)
     rates = [factor * ARMS[arm][1] for factor in RATES]
+    steps = steps if any(rates) else 0
     scores = [nats(train(arm, ids, lr, 99, steps), chosen_ids) for lr in rates]
     lr = rates[scores.index(min(scores))]
     found = [train(arm, ids, lr, seed, steps) for seed in range(seeds)]
-    trained = sum(p.numel() for p in found[0].parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in found[0].parameters() if p.requires_grad) if steps else 0
     bits = [nats(o, held_out) / math.log(2) / n_bytes for o in found]
     return {"arm": arm, "trained": trained, "lr": lr, "steps": steps,
             "bits_per_byte": [round(b, 4) for b in bits]}
