@@ -31,6 +31,9 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_pages_of_the_site",
         "test_solutions_are_closed_on_the_site",
     },
+    "test_preference_stages": {
+        "test_two_ranks_train_what_one_trains",
+    },
     "test_distributed": {
         "test_the_same_run_as_alone_at_unequal_target_counts",
         "test_tensor_parallel_with_biases_and_learned_positions",
