@@ -1,6 +1,6 @@
 """GRPO's family at equal budgets, and one of them on a real chat model.
 
-`losses`: the nine losses on sums of two digits, from the same half-trained model, five seeds, the
+`losses`: the nine losses on sums of two digits, from the same half-trained model, three seeds, the
 same number of samples and updates, each at the best of three learning rates; the expected reward
 is exact. Two iterations a batch, so that the ratio is not 1 in every second update. `smollm2`:
 SmolLM2-135M-Instruct on `chain_sum` of reasoning-gym; the mean reward of sampled answers to
@@ -33,7 +33,7 @@ from skylar.training.run import open_model
 from skylar.training.trainer import TrainConfig, Trainer
 from skylar.utils.lesson import mean_interval
 
-RATES, SEEDS, UPDATES = (1e-3, 2e-3, 4e-3), range(5), 30
+RATES, SEEDS, UPDATES = (5e-4, 1e-3, 2e-3), range(3), 60
 RESULTS = ROOT / "bench" / "results"
 PROBLEMS = dict(min_terms=2, max_terms=3, min_digits=1, max_digits=2)
 SYSTEM = "Solve the problem. End with a line 'Answer: ' and the number."
@@ -59,7 +59,7 @@ def losses() -> None:
         found = []
         for seed in SEEDS:
             model = copy.deepcopy(base)
-            rollouts = RolloutConfig(prompts=16, n=8, max_new_tokens=3, chat=False, seed=seed,
+            rollouts = RolloutConfig(prompts=50, n=8, max_new_tokens=3, chat=False, seed=seed,
                                      iterations=2)
             trained(model, SumTokenizer(), SumTask(), rollouts,
                     GRPOConfig(loss=name, longest=3), UPDATES, lr, seed)

@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'skylar.cli.samples.text_samples': ('library/text_samples.html#text_samples', 'skylar/cli/samples.py')},
             'skylar.cli.stages': { 'skylar.cli.stages.add_stage_flags': ('library/cli_stages.html#add_stage_flags', 'skylar/cli/stages.py'),
                                    'skylar.cli.stages.nested_defaults': ('library/cli_stages.html#nested_defaults', 'skylar/cli/stages.py'),
+                                   'skylar.cli.stages.next_command': ('library/cli_stages.html#next_command', 'skylar/cli/stages.py'),
                                    'skylar.cli.stages.run_stage_command': ( 'library/cli_stages.html#run_stage_command',
                                                                             'skylar/cli/stages.py'),
                                    'skylar.cli.stages.sft': ('library/cli_stages.html#sft', 'skylar/cli/stages.py'),

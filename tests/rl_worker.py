@@ -1,7 +1,9 @@
 """One process of a small GRPO or PPO run, started by test_rl_ranks.py with torchrun.
 
-`python rl_worker.py OUT KIND SETTINGS`: KIND is grpo or ppo; SETTINGS are the config's, and
-`steps`, `out_dir`, `resume` as in the Trainer. The first rank writes rows of metrics and weights.
+`python rl_worker.py OUT KIND START SETTINGS`: KIND is grpo or ppo; START holds the weights to
+start from, since training them anew in each process may round differently; SETTINGS are the
+config's, and `steps`, `out_dir`, `resume` as in the Trainer. The first rank writes rows of
+metrics and weights.
 """
 
 import copy
@@ -35,11 +37,13 @@ def parts(kind: str, model, settings: dict):
     return objective, ppo_preparer(objective, reference)
 
 
-def main(out: str, kind: str, settings: dict) -> None:
+def main(out: str, kind: str, start: str, settings: dict) -> None:
     join_processes(torch.device("cpu"))
     run = {"steps": 4, "resume": False, "out_dir": None}
     run = {key: settings.pop(key, value) for key, value in run.items()}
-    objective, prepare = parts(kind, sums_model(steps=100), settings)
+    model = sums_model(steps=0)
+    model.load_state_dict(torch.load(start))
+    objective, prepare = parts(kind, model, settings)
     parallel = ParallelConfig(strategy="ddp")
     rank, size = parallel.data_ranks(*rank_and_size())
     rollouts = RolloutConfig(prompts=4, n=4, max_new_tokens=3, chat=False, iterations=2)
@@ -58,5 +62,5 @@ def main(out: str, kind: str, settings: dict) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))
     leave_processes()

@@ -221,14 +221,14 @@ def trained(base, steps, tmp_path=None, resume=False, **settings):
 
 
 def test_the_toy_is_solved_within_thirty_steps(base):
-    assert expected_reward(base) < 0.7
-    assert expected_reward(trained(base, 30).model) > 0.9
+    assert 0.4 < expected_reward(base) < 0.7
+    assert expected_reward(trained(base, 30, prompts=100).model) > 0.9
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_learns(base, name):
     before = expected_reward(base)
-    assert expected_reward(trained(base, 10, loss=name, prompts=8).model) > before + 0.02
+    assert expected_reward(trained(base, 15, loss=name, prompts=50).model) > before + 0.05
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(base, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from skylar.cli import main
 from skylar.models.hub import save_pretrained
 from skylar.posttrain.preference import PreferenceConfig
 from skylar.posttrain.preference_stages import PreferenceStage, RewardStage
@@ -124,3 +125,27 @@ def test_the_score_head_depends_on_the_seed_alone(data, tmp_path):
         stage = open_stage(RewardStage(**settings(data, tmp_path / "run")))
         heads.append(stage.parts[0].model.score.weight)
     assert torch.equal(*heads)
+
+
+def test_a_reward_run_is_no_language_model(data, tmp_path, capsys):
+    run(RewardStage(**settings(data, tmp_path / "reward")))
+    _, tokenizer, _ = open_model(asset("shakespeare"))
+    folder = save_reward_model(load_reward_model(tmp_path / "reward"), tmp_path / "hf", tokenizer)
+    for command in (["generate", "--prompt", "Hi"], ["eval"], ["export", "--out", "there"]):
+        assert main([*command, "--model", str(tmp_path / "reward")]) != 0
+        said = capsys.readouterr().err
+        assert "holds a reward model" in said and len(said.strip().splitlines()) == 1
+    with pytest.raises(ValueError, match=r"score\.weight|lm_head\.weight"):
+        open_model(folder)
+    with pytest.raises(ValueError, match="holds a reward model"):
+        open_stage(PreferenceStage(**settings(data, tmp_path / "run"),
+                                   reference=str(tmp_path / "reward")))
+
+
+def test_the_commands_end_with_what_comes_next(data, tmp_path, capsys):
+    common = ["--model", str(asset("shakespeare")), "--data", str(data), "--loader.seq_len", "96",
+              "--loader.batch_size", "4", "--train.steps", "2", "--train.device", "cpu"]
+    for command, wanted in (("preference", "skylar generate --chat"), ("reward", "skylar ppo")):
+        assert main([command, *common, "--out", str(tmp_path / command)]) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert said.startswith(f"now try: {wanted}") and str(tmp_path / command) in said

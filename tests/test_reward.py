@@ -179,7 +179,7 @@ def chat():
 @pytest.mark.parametrize(("family", "tied"), [
     ("gpt2", True), ("llama3", False), ("llama3", True), ("qwen3", True)])
 def test_transformers_opens_it_and_gives_the_same_rewards(make, chat, tmp_path, family, tied):
-    more = {} if family == "gpt2" else {"tie_embeddings": tied}
+    more = {"d_head": 8} if family == "gpt2" else {"tie_embeddings": tied}
     model = make(family, vocab_size=chat.vocab_size, **more).eval()
     folder = save_reward_model(model, tmp_path / "reward", chat)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()

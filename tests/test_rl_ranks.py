@@ -7,15 +7,27 @@ import pytest
 import torch
 from test_distributed import torchrun
 
+from skylar.posttrain.sums import sums_model
+
 WORKER = Path(__file__).with_name("rl_worker.py")
-KINDS = [("grpo", {"loss": "dapo"}), ("grpo", {"loss": "dr_grpo"}),
-         ("grpo", {"loss": "gspo", "scale_rewards": "none"}), ("ppo", {})]
+KINDS = [("grpo", {}), ("grpo", {"loss": "gspo", "scale_rewards": "batch"}), ("ppo", {})]
 
 
-def run(folder: Path, n: int, kind: str, **settings) -> dict:
-    out = folder / f"{n}.pt"
-    torchrun(n, WORKER, out, kind, json.dumps(settings))
-    return torch.load(out)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    torch.save(sums_model(steps=100).state_dict(), folder / "start.pt")
+
+    made = {}
+
+    def run(n: int, kind: str, **settings) -> dict:
+        key = n, kind, json.dumps(settings)
+        if key not in made:
+            torchrun(n, WORKER, folder / "out.pt", kind, folder / "start.pt", key[2])
+            made[key] = torch.load(folder / "out.pt")
+        return made[key]
+
+    return run
 
 
 def equal_weights(ours: dict, theirs: dict) -> None:
@@ -33,14 +45,14 @@ def same(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS, ids=lambda v: str(v))
-def test_two_ranks_are_the_run_of_one(tmp_path, kind, settings):
-    same(run(tmp_path, 2, kind, **settings), run(tmp_path, 1, kind, **settings))
+def test_two_ranks_are_the_run_of_one(run, kind, settings):
+    same(run(2, kind, **settings), run(1, kind, **settings))
 
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
-def test_a_run_goes_on_at_another_number_of_ranks(tmp_path, kind):
-    whole = run(tmp_path, 1, kind, steps=4)
+def test_a_run_goes_on_at_another_number_of_ranks(run, tmp_path, kind):
+    whole = run(1, kind)
     out = str(tmp_path / "run")
-    run(tmp_path, 2, kind, steps=2, out_dir=out)
-    found = run(tmp_path, 1, kind, steps=4, out_dir=out, resume=True)
+    run(2, kind, steps=2, out_dir=out)
+    found = run(1, kind, steps=4, out_dir=out, resume=True)
     equal_weights(found, whole)

@@ -76,7 +76,7 @@ def expected_reward(model: CausalLM) -> float:
 def sums_model(
     seed: int = 0,
     steps: int = 400,  # 0: untrained
-    wrong: float = 0.5,  # share of the answers that are drawn at random
+    wrong: float = 0.4,  # share of the answers that are drawn at random
 ) -> CausalLM:
     "A small Qwen3, trained on sums whose answers are often wrong."
     torch.manual_seed(seed)
