@@ -106,7 +106,7 @@ def merge() -> None:
     write("grpo", list(best.values()), before=family["before"], smollm2={
         **{name: real[name] for name in ("before", "after", "right_before", "right_after",
                                          "answers")},
-        "curve": [row["reward"] for row in real["rows"]]})
+        **{name: [row[name] for row in real["rows"]] for name in ("reward", "entropy")}})
 
 
 def main() -> None:
