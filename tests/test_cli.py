@@ -1,6 +1,7 @@
 """The command line from outside: what it writes, prints, and answers to every mistake."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -339,14 +340,16 @@ def test_every_text_flag_takes_any_text(name):
     needed = [w for a in parser._actions if a.required and a.option_strings
               for w in (a.option_strings[0], "given")]
     needed += ["given" for a in parser._actions if a.required and not a.option_strings]
-    for action in flags:
-        for text in ODD:
-            flag = action.option_strings[0]
-            for words in ([flag, text], [f"{flag}={text}"]):
-                found = parser.parse_words([*needed, *words])
-                for part in action.dest.split("."):
-                    found = found[part]
-                assert found == ([text] if name == "generate" and flag == "--stop" else text)
+    for shift in range(len(ODD) if flags else 0):  # every flag gets every text, all in one line
+        texts = {a: ODD[(i + shift) % len(ODD)] for i, a in enumerate(flags)}
+        for joined in (False, True):
+            pairs = ([a.option_strings[0], text] for a, text in texts.items())
+            words = (w for pair in pairs for w in (["=".join(pair)] if joined else pair))
+            found = parser.parse_words([*needed, *words])
+            for action, text in texts.items():
+                value = functools.reduce(lambda part, key: part[key], action.dest.split("."), found)
+                several = name == "generate" and action.option_strings[0] == "--stop"
+                assert value == ([text] if several else text), action.dest
 
 
 @pytest.mark.parametrize("name", ["data verify", "data fetch", "data tokenize"])

@@ -442,7 +442,10 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_happened(chats, small, tmp_pa
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_what_one_trains(chats, small, tmp_path, strategy):
-    words = ["distill", "--model", small, "--teacher", asset("shakespeare"), "--data", chats,
+    teacher = from_pretrained(asset("shakespeare")).float()  # stored in bfloat16, whose products
+    save_pretrained(teacher, tmp_path / "teacher",  # depend on a batch's shape
+                    load_tokenizer(asset("shakespeare")))
+    words = ["distill", "--model", small, "--teacher", tmp_path / "teacher", "--data", chats,
              "--parallel.strategy", strategy, "--loader.batch_size", 2, "--loader.seq_len", 128,
              "--train.steps", 3, "--train.log_every", 1, "--train.eval_every", 0,
              "--train.dtype", "float32", "--optimizer.lr", "1e-3"]
@@ -455,9 +458,9 @@ def test_two_ranks_train_what_one_trains(chats, small, tmp_path, strategy):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(chats, tmp_path):
+def test_a_student_that_is_its_teacher_begins_with_a_loss_of_zero(chats, tmp_path):
     result = train_stage(open_stage(stage_of(chats, tmp_path / "same")), quiet=True)
-    assert all(abs(row["loss"]) < 1e-3 for row in result.rows if "loss" in row)
+    assert abs(result.rows[0]["loss"]) < 1e-3  # then Adam makes full steps of rounding errors
 
 
 def test_a_teachers_text_goes_through_the_students_tokenizer():

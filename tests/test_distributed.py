@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import launch
 
 from skylar.training.distributed import ParallelConfig, frees_blocks, recompute
 from skylar.training.metrics import CLOCK_FIELDS
@@ -20,7 +21,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
 def torchrun(n: int, *command, check: bool = True, options=()) -> subprocess.CompletedProcess:
-    "`command` in `n` processes that know each other; alone without torchrun."
+    "As `ranks.launch`, by torchrun itself."
     start = [] if n == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={n}", *options,
                                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run([sys.executable, *start, *map(str, command)], text=True,
@@ -31,7 +32,7 @@ def torchrun(n: int, *command, check: bool = True, options=()) -> subprocess.Com
 
 def train(folder: Path, n: int, family: str = "qwen3", **settings) -> dict:
     out = folder / "result.pt"
-    torchrun(n, WORKER, out, family, json.dumps(settings))
+    launch(n, WORKER, out, family, json.dumps(settings))
     return torch.load(out)
 
 
@@ -124,8 +125,10 @@ def pretrain_words(folder: Path, home: Path) -> list[str]:
 def pretrain(n: int, folder: Path, *flags, start=("-m", "skylar"), options=(),
              check: bool = True) -> subprocess.CompletedProcess:
     "`skylar pretrain` of a tiny model in `folder`, in `n` processes."
-    words = pretrain_words(folder, folder.parent)
-    return torchrun(n, *start, *words, *flags, check=check, options=options)
+    words = [*start, *pretrain_words(folder, folder.parent), *flags]
+    if options:
+        return torchrun(n, *words, check=check, options=options)
+    return launch(n, *words, check=check)
 
 
 def numbers(folder: Path) -> list[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import torchrun
+from ranks import launch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
@@ -41,7 +41,7 @@ WORKER = Path(__file__).with_name("expert_worker.py")
 
 def train(folder: Path, n: int, **settings) -> dict:
     out = folder / f"result-{n}-{abs(hash(json.dumps(settings, sort_keys=True)))}.pt"
-    torchrun(n, WORKER, out, json.dumps(settings))
+    launch(n, WORKER, out, json.dumps(settings))
     return torch.load(out)
 
 

@@ -25,7 +25,8 @@ from faults_worker import (
     digest,
     stop_after,
 )
-from test_distributed import numbers, pretrain, pretrain_words, torchrun
+from ranks import launch
+from test_distributed import numbers, pretrain, pretrain_words
 
 from skylar.cli import main
 from skylar.training import checkpoint
@@ -558,7 +559,7 @@ def test_two_processes_one_folder_the_second_is_refused(tmp_path):
 def test_no_document_is_lost_or_read_twice_on_1_2_3_and_1_processes(tmp_path):
     for stage, n in enumerate((1, 2, 3, 1)):
         os.environ["STAGE"] = str(stage)
-        torchrun(n, WORKER, "resize", tmp_path)
+        launch(n, WORKER, "resize", tmp_path)
     del os.environ["STAGE"]
     alone = build(tmp_path / "alone", 12, accumulate=1)
     alone.train()
@@ -581,7 +582,7 @@ def test_all_of_it_together_on_two_ranks_resumes_to_the_hash_of_the_whole(tmp_pa
     """Ended in a step, at the exact end of an epoch (batch 8), and in a step of the second one."""
     hashes = []
     for out, batch in (("whole", 24), ("cut", 5), ("cut", 8), ("cut", 11), ("cut", 24)):
-        torchrun(2, WORKER, "together", tmp_path / out, batch)
+        launch(2, WORKER, "together", tmp_path / out, batch)
         hashes.append((tmp_path / out / "digest").read_text())
         assert find_checkpoint(tmp_path / out).name == f"step-{batch // 2:06d}"
     assert hashes[0] == hashes[-1] and len(set(hashes)) == 4

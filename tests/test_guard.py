@@ -8,7 +8,7 @@ import torch
 from byte_corpus import corpus, write
 from faulty import Faulty
 from guard_worker import make_trainer, weights_hash
-from test_distributed import torchrun
+from ranks import launch
 
 from skylar.training.guard import Guard, GuardConfig, LossSpikes
 from skylar.training.loss import LOSSES
@@ -279,7 +279,7 @@ IDS = dict(ids=str)
 def run_ranks(folder: Path, n: int, **settings) -> dict:
     "What a process saw, once it is known that all saw the same."
     folder.mkdir(exist_ok=True)
-    torchrun(n, WORKER, folder, json.dumps(settings))
+    launch(n, WORKER, folder, json.dumps(settings))
     found = json.loads((folder / "result.json").read_text())
     assert len(found) == n and all(one == found[0] for one in found)
     return found[0]
@@ -335,7 +335,7 @@ def test_ranks_agree_when_one_of_them_sees_a_spike(tmp_path, n, settings):
 
 
 def test_a_parameter_that_is_idle_on_one_rank_or_on_both(tmp_path):
-    done = torchrun(2, Path(__file__).with_name("idle_worker.py"), tmp_path)
+    done = launch(2, Path(__file__).with_name("idle_worker.py"), tmp_path)
     first, second = json.loads((tmp_path / "idle.json").read_text())
     assert first == second
     one, two, three, four = first["head"]  # used at steps 2 and 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import torchrun
+from ranks import launch
 from torch import nn
 from torch.nn import functional as F
 
@@ -493,7 +493,7 @@ def test_chunks_are_torchs(length, parts):
 
 def run(folder: Path, n: int, **settings) -> dict:
     out = folder / "result.pt"
-    torchrun(n, WORKER, out, json.dumps(settings))
+    launch(n, WORKER, out, json.dumps(settings))
     return torch.load(out)
 
 

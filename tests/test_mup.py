@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_distributed import torchrun
+from ranks import launch
 from test_runs import config, home, losses, stop_at  # noqa: F401  (fixtures)
 
 from skylar.cli import main
@@ -417,7 +417,7 @@ def test_every_preset_gets_multipliers():
 
 
 def run_worker(folder, n: int, **settings) -> dict:
-    torchrun(n, WORKER, folder / f"{n}.pt", json.dumps(settings))
+    launch(n, WORKER, folder / f"{n}.pt", json.dumps(settings))
     return torch.load(folder / f"{n}.pt")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_distributed import numbers, torchrun
+from ranks import launch
+from test_distributed import numbers
 
 from skylar.cli import main
 from skylar.models.decoder import CausalLM
@@ -222,7 +223,7 @@ def test_a_run_from_before_the_choice_goes_on(home, tmp_path, monkeypatch, capsy
 
 def test_two_processes_of_fsdp_train_as_one(home, tmp_path):
     words = pretrain(home, tmp_path / "two", *MUON, "--parallel.strategy", "fsdp")
-    torchrun(2, "-m", "skylar", *words)
+    launch(2, "-m", "skylar", *words)
     assert main(pretrain(home, tmp_path / "adamw")) == 0
     assert numbers(tmp_path / "two") == [
         pytest.approx(row, rel=1e-5) for row in numbers(home / "run")]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import launch
 from test_distributed import torchrun
 
 from skylar.cli import main
@@ -56,7 +57,7 @@ def numbers(out) -> list[dict]:
 def test_the_same_seed_gives_the_same_bits(home, n, more):
     """In processes of their own, so that nothing is left from the first run."""
     for out in ("one", "two"):
-        torchrun(n, "-m", "skylar", *flags(out, *more))
+        launch(n, "-m", "skylar", *flags(out, *more))
     assert weights("one") == weights("two")
     assert numbers("one") == numbers("two") and len(numbers("one")) == 3
 

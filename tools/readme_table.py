@@ -49,6 +49,7 @@ CHAPTERS = {  # folder of a notebook -> heading of its table
     "01_gqa_rope": "Chapter 01: the modern dense decoder",
     "02_moe": "Chapter 02: sparse experts",
     "03_mla": "Chapter 03: latent attention",
+    "04_posttrain": "Chapter 04: post-training",
     "library": "Library notebooks: the plumbing, same export, same tests, no exercises",
     "": "Beside the lessons",
 }

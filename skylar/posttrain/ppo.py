@@ -122,7 +122,7 @@ class PPOConfig:
     value_coef: float = 0.1  # weight of the value loss
     gamma: float = 1.0  # discount
     lam: float = 0.95  # of advantage estimation
-    whiten_rewards: bool = False
+    whiten_rewards: bool = False  # scale them to variance 1 first
     missing_end_penalty: float = 0.0  # taken off the score of a text that was cut
 
     def __post_init__(self):

@@ -86,7 +86,7 @@ LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")
 class PreferenceConfig:
     "Which loss, and its constants."
 
-    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"
+    loss: Literal["dpo", "ipo", "simpo", "orpo", "kto"] = "dpo"  # formula
     beta: float = 0.1  # price of leaving the reference; simpo is usually given 2
     gamma: float = 0.5  # simpo: margin that chosen must be ahead
     orpo_nll: Literal["sequence", "batch"] = "sequence"  # mean: of each, or of all

@@ -280,8 +280,8 @@ class RolloutConfig:
 
     prompts: int = 8  # prompts of all processes together
     n: int = 8  # completions of each: a group
-    max_new_tokens: int = 128
-    temperature: float = 1.0
+    max_new_tokens: int = 128  # at most, of a completion
+    temperature: float = 1.0  # of the sampler; 0: greedy
     iterations: int = 1  # updates with the same rollouts
     system: str | None = None  # system message of a chat model
     chat: bool = True  # prompts are messages; false: texts to continue

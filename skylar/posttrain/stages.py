@@ -169,9 +169,10 @@ def stage_model(config: StageConfig) -> tuple[CausalLM, PretrainedTokenizer]:
     if has_checkpoint(out):
         tokenizer = PretrainedTokenizer.load(out / "tokenizer")
         model = CausalLM(config_from_dict(load_metadata(out)["model"]))
-        return config.adapter.attach(model), tokenizer
+        return config.adapter.attach(model, config.train.seed), tokenizer
     model, tokenizer, _ = open_model(config.model, dtype=torch.float32)
-    return config.adapter.attach(model), chat_tokenizer(tokenizer, required=False)
+    model = config.adapter.attach(model, config.train.seed)
+    return model, chat_tokenizer(tokenizer, required=False)
 
 # %% ../../nbs/library/stages.ipynb #a40101a1
 def stage_metadata(stage: Stage) -> dict:

@@ -644,6 +644,9 @@ def load_run(
     if not Path(folder).is_dir() and not is_pointer(folder):
         raise FileNotFoundError(f"no run folder {folder}; `skylar pretrain` makes one")
     found, metadata = find_checkpoint(folder), load_metadata(folder)
+    if metadata.get("stage") == "reward":
+        raise ValueError(f"{folder} holds a reward model, not a language model; it is for "
+                         f"`skylar ppo --reward_model {folder}`")
     if "model" not in metadata or "tokenizer" not in metadata:
         raise ValueError(
             f"{found} does not say which model it holds; when you train in Python, give "

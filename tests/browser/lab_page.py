@@ -1,7 +1,8 @@
 """A lesson in a real JupyterLab in Chromium, and what a reader's eye would find wrong there.
 
-`lab_server` serves a throw-away copy of a folder of notebooks with fresh settings, `open_lesson`
-opens one of them in a page, `findings` lists what is clipped, broken or not rendered.
+`lab_server` serves a throw-away copy of a folder of notebooks with fresh settings, `open_lab` opens
+it in a page, `open_lesson` one of its notebooks; `findings` lists what is clipped, broken or not
+rendered.
 """
 
 import os
@@ -108,15 +109,28 @@ def chromium(**options):
             browser.close()
 
 
-def open_lesson(browser, url: str, path: str, width=1170, height=1000, seconds: float = 120):
-    """A page with the notebook `path` open, side bars collapsed, kernel idle, all rendered."""
+def open_lab(browser, url: str, width=1170, height=1000, seconds: float = 120):
+    """A page with an empty JupyterLab, side bars collapsed."""
     page = browser.new_page(viewport={"width": width, "height": height})
     page.set_default_timeout(seconds * 1000)
-    page.goto(f"{url}/lab/tree/{path}?reset")
-    page.wait_for_function(f"{PANEL}?.context?.sessionContext?.session?.kernel?.status == 'idle'")
+    page.goto(f"{url}/lab?reset")
+    page.wait_for_function("window.jupyterapp?.started.then(() => true)")
     page.evaluate("window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.collapseRight()")
-    settle(page)
     return page
+
+
+def open_lesson(page, path: str, kernel: bool = True) -> None:
+    """Show the notebook `path` and nothing else, all rendered; with `kernel`, one is idle."""
+    page.evaluate("[...window.jupyterapp.shell.widgets('main')].forEach(open => open.dispose())")
+    factory = "window.jupyterapp.docRegistry.getWidgetFactory('Notebook')"
+    page.evaluate(f"{factory}._preferKernel = {str(kernel).lower()}")  # JupyterLab has no setting
+    opened = "window.jupyterapp.commands.execute('docmanager:open', {path}).then(() => {})"
+    page.evaluate(f"path => {opened}", path)
+    page.wait_for_function(f"{PANEL}?.context?.isReady && {PANEL}.context.path == {path!r}")
+    if kernel:
+        page.wait_for_function(
+            f"{PANEL}.context.sessionContext.session?.kernel?.status == 'idle'")
+    settle(page)
 
 
 def settle(page, seconds: float = 30) -> None:

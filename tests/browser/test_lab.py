@@ -34,25 +34,17 @@ def browser():
         yield chromium
 
 
-@pytest.fixture
-def open_lesson(lab, browser):
-    """Opens a lesson in a page that is closed, and its kernel ended, when the test is over."""
-    pages = []
-
-    def opened(name: str):
-        pages.append(lab_page.open_lesson(browser, lab, name))
-        return pages[-1]
-
-    yield opened
-    for page in pages:
-        page.evaluate(f"{lab_page.PANEL}.context.sessionContext.shutdown()")
-        page.close()
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """One for all lessons: to load JupyterLab takes longer than to open a notebook in it."""
+    return lab_page.open_lab(browser, lab)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stored_lesson_looks_right(open_lesson, name):
+def test_stored_lesson_looks_right(page, name):
     """Nothing scrolls sideways; maths, diagrams, pictures and links work; no error is stored."""
-    found = lab_page.findings(open_lesson(name)) + lab_page.broken_links(NBS / name)
+    lab_page.open_lesson(page, name, kernel=False)
+    found = lab_page.findings(page) + lab_page.broken_links(NBS / name)
     assert not found, "\n".join(f"cell {index}: {what}" for index, what in found)
 
 
@@ -70,8 +62,9 @@ def press_slider(page):
     return before, page.evaluate(pictures)
 
 
-def test_lesson_runs_and_its_slider_redraws(open_lesson):
-    page = open_lesson(LESSON)
+def test_lesson_runs_and_its_slider_redraws(lab, browser):
+    page = lab_page.open_lab(browser, lab)
+    lab_page.open_lesson(page, LESSON)
     lab_page.run_all(page)
     cells = lab_page.code_cells(page)
     assert cells, "the lesson has no code"
@@ -106,9 +99,9 @@ def test_what_is_wrong_is_found(browser, tmp_path):
     path = tmp_path / "broken.ipynb"
     path.write_text(writes(new_notebook(cells=cells, metadata=KERNEL)))
     with lab_page.lab_server(tmp_path) as url:
-        page = lab_page.open_lesson(browser, url, path.name)
+        page = lab_page.open_lab(browser, url)
+        lab_page.open_lesson(page, path.name, kernel=False)
         found = lab_page.findings(page) + lab_page.broken_links(path)
-        page.close()
     for index, what in [
         (0, "maths is not rendered"),
         (0, "image is broken"),
