@@ -4,7 +4,7 @@
 same number of samples and updates, each at the best of three learning rates; the expected reward
 is exact. Two iterations a batch, so that the ratio is not 1 in every second update. `smollm2`:
 SmolLM2-135M-Instruct on `chain_sum` of reasoning-gym, one-digit numbers, 40 updates in bf16; the
-mean reward of sampled answers to held-out problems before and after. `merge`: one file of both.
+mean reward of sampled answers to newly drawn problems before and after. `merge`: one file of both.
 
     python bench/grpo.py losses               # about 5 minutes on one core
     python bench/grpo.py smollm2              # about 8 minutes on one core
@@ -81,14 +81,14 @@ def sampled_rewards(model, tokenizer, task, n_problems: int) -> torch.Tensor:
 
 
 def smollm2() -> None:
-    """SmolLM2-135M-Instruct: held-out samples of problems have another seed than training's."""
+    """SmolLM2-135M-Instruct: new problems, drawn with another seed than training's."""
     model, tokenizer, _ = open_model("smollm2", dtype=torch.float32)
     task = ReasoningGymTask("chain_sum", seed=0, **PROBLEMS)
-    held_out = ReasoningGymTask("chain_sum", seed=1_000_000, **PROBLEMS)
-    before, start = sampled_rewards(model, tokenizer, held_out, 192), time.perf_counter()
+    new = ReasoningGymTask("chain_sum", seed=1_000_000, **PROBLEMS)
+    before, start = sampled_rewards(model, tokenizer, new, 192), time.perf_counter()
     config = GRPOConfig(loss="dapo", longest=SMOLLM2.max_new_tokens)
     rows = trained(model, tokenizer, task, SMOLLM2, config, 40, 1e-5, dtype="bfloat16")
-    after = sampled_rewards(model, tokenizer, held_out, 192)
+    after = sampled_rewards(model, tokenizer, new, 192)
     rewards = {"before": mean_interval(before.tolist()), "after": mean_interval(after.tolist())}
     right = {"right_before": (before == 1).sum().item(), "right_after": (after == 1).sum().item()}
     record("grpo_smollm2", rows, **rewards, **right, answers=192,
@@ -106,7 +106,7 @@ def merge() -> None:
     write("grpo", list(best.values()), before=family["before"], smollm2={
         **{name: real[name] for name in ("before", "after", "right_before", "right_after",
                                          "answers")},
-        "curve": [row["reward"] for row in real["rows"]]})
+        **{name: [row[name] for row in real["rows"]] for name in ("reward", "entropy")}})
 
 
 def main() -> None:

@@ -91,6 +91,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_samples_of_a_sharded_model_are_refused_before_any_work",
         "test_the_same_seed_gives_the_same_bits",
     },
+    "test_ppo": {"test_a_flawed_reward_is_exploited_and_a_price_prevents_it"},
     "test_qk_clip": {
         "test_several_ranks_equal_one_process",
         "test_tensor_parallel_ranks_clip_their_own_heads",
