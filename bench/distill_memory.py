@@ -106,7 +106,8 @@ def measure(side: str) -> dict:
 
 
 def child(python: str, side: str) -> dict:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    tree = str(Path(__file__).resolve().parents[1]) if side == "ours" else ""
+    environment = os.environ | {"PYTHONPATH": tree}
     done = subprocess.run([python, __file__, "--side", side], env=environment,
                           capture_output=True, text=True)
     if done.returncode:

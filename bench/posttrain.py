@@ -153,6 +153,7 @@ def trainer_of(stage: str, common: dict):
 
 
 def child(side: str, stage: str, folder: Path, steps: int) -> None:
+    sys.path.remove(str(ROOT / "bench"))  # whose peft.py is not the library of this name
     seconds = {"ours": ours, "theirs": theirs}[side](stage, folder, steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kB on Linux
     print("RESULT " + json.dumps({"seconds": seconds, "peak_mb": peak}))

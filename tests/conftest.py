@@ -26,10 +26,21 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler),
         signal.signal(number, usual)
 
 SLOW = {  # file -> its tests that take seconds: processes, compilers, a model of 135M parameters
+    "test_distill": {
+        "test_a_stopped_stage_goes_on_as_if_nothing_had_happened",
+        "test_two_ranks_train_what_one_trains",
+    },
+    "test_peft": {
+        "test_a_stopped_stage_goes_on_and_leaves_a_plain_model_and_an_adapter",
+        "test_two_ranks_train_the_adapter_that_one_trains",
+    },
     "test_docs": {
         "test_every_notebook_and_every_module_has_a_page",
         "test_pages_of_the_site",
         "test_solutions_are_closed_on_the_site",
+    },
+    "test_preference_stages": {
+        "test_two_ranks_train_what_one_trains",
     },
     "test_distributed": {
         "test_the_same_run_as_alone_at_unequal_target_counts",
@@ -80,6 +91,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
         "test_samples_of_a_sharded_model_are_refused_before_any_work",
         "test_the_same_seed_gives_the_same_bits",
     },
+    "test_ppo": {"test_a_flawed_reward_is_exploited_and_a_price_prevents_it"},
     "test_qk_clip": {
         "test_several_ranks_equal_one_process",
         "test_tensor_parallel_ranks_clip_their_own_heads",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
+from test_distributed import numbers, torchrun
 from torch import nn
 
 from skylar.layers.cache import KVCache
@@ -595,6 +596,21 @@ def test_a_stopped_stage_goes_on_and_leaves_a_plain_model_and_an_adapter(chats, 
     ids = torch.arange(20)[None]
     torch.testing.assert_close(remove(begun).eval()(ids), models[0](ids), atol=1e-4, rtol=1e-4)
     save_pretrained(models[0], tmp_path / "export")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_the_adapter_that_one_trains(chats, tmp_path, strategy):
+    words = ["sft", "--model", asset("shakespeare"), "--data", chats, "--adapter.kind", "lora",
+             "--val_fraction", 0, "--parallel.strategy", strategy, "--loader.batch_size", 2,
+             "--loader.seq_len", 128, "--train.steps", 3, "--train.log_every", 1,
+             "--train.eval_every", 0, "--train.dtype", "float32", "--optimizer.lr", "1e-3"]
+    for n, name in ((1, "alone"), (2, "two")):
+        torchrun(n, "-m", "skylar", *map(str, words), "--out", str(tmp_path / name))
+    alone = numbers(tmp_path / "alone")
+    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-4) for row in alone]
+    a, b = (load_run(tmp_path / name)[0] for name in ("alone", "two"))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
 
 
 def test_an_export_that_would_lose_an_adapter_is_refused(tiny_model, tmp_path):

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import launch
+from test_distributed import numbers
 
 from skylar.cli import main
 from skylar.models.hub import save_pretrained
@@ -97,7 +99,7 @@ def test_too_few_pairs_are_refused(data, tmp_path):
 def test_a_reference_with_another_tokenizer_is_refused(data, tmp_path, tiny_model):
     from skylar.data.tokenizer import BPETokenizer
 
-    bpe = BPETokenizer.train(["another tokenizer "] * 20, vocab_size=290)
+    bpe = BPETokenizer.train(["another tokenizer "] * 20, vocab_size=275)
     save_pretrained(tiny_model(vocab_size=bpe.vocab_size), tmp_path / "other", bpe)
     config = PreferenceStage(**settings(data, tmp_path / "run"), reference=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="another tokenizer"):
@@ -149,3 +151,17 @@ def test_the_commands_end_with_what_comes_next(data, tmp_path, capsys):
         assert main([command, *common, "--out", str(tmp_path / command)]) == 0
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith(f"now try: {wanted}") and str(tmp_path / command) in said
+
+
+@pytest.mark.parametrize(("command", "flags"), [
+    ("preference", ["--preference.loss", "kto"]), ("reward", ["--parallel.strategy", "fsdp"])])
+def test_two_ranks_train_what_one_trains(data, tmp_path, command, flags):
+    for n, name in ((1, "alone"), (2, "two")):
+        launch(n, "-m", "skylar", command, "--model", asset("shakespeare"), "--data", data,
+               "--out", tmp_path / name, "--loader.seq_len", "96", "--loader.batch_size", "4",
+               "--val_fraction", "0.25", "--train.steps", "4", "--train.log_every", "1",
+               "--train.eval_every", "2", "--train.dtype", "float32", "--train.device", "cpu",
+               "--optimizer.lr", "1e-3", *flags)
+    alone, two = ([{k: -1.0 if v is None else v for k, v in row.items()}  # no desirable answer
+                   for row in numbers(tmp_path / name)] for name in ("alone", "two"))
+    assert two == [pytest.approx(row, abs=5e-4, rel=1e-3) for row in alone]

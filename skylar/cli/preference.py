@@ -13,8 +13,9 @@ def preference(
     config: Any,  # a PreferenceStage
 ) -> int:
     """Teach a model which of two answers is better. Each row of the data has a prompt, a
-    chosen and a rejected answer. Losses: dpo, ipo, simpo, orpo, kto. Ctrl-C saves a
-    checkpoint and stops; the same command with --resume goes on.
+    chosen and a rejected answer; --data ultrafeedback, hh-rlhf or orca-pairs fetches
+    those from the hub. Losses: dpo, ipo, simpo, orpo, kto. Ctrl-C saves a checkpoint and
+    stops; the same command with --resume goes on.
 
     Examples:
       skylar preference --model runs/chat --data pairs.jsonl --out runs/dpo

@@ -147,7 +147,8 @@ def check_same_tokens(student: nn.Module, teacher: nn.Module, tokenizers=()) -> 
 class DistillConfig:
     "What the student learns from the teacher's distributions."
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "none"] = "forward_kl"  # kind
+    divergence: Literal[  # between the two models; none: cross-entropy alone
+        "forward_kl", "reverse_kl", "jsd", "none"] = "forward_kl"
     beta: float = 0.5  # of jsd: weight of the teacher in the mixture
     temperature: float = 1.0  # divides both models' logits; the loss is not rescaled
     ce_weight: float = 0.0  # of the cross-entropy on the labels, which is added

@@ -21,6 +21,7 @@ from .rollout import Example, FileTask, ReasoningGymTask, RolloutConfig
 from .rollout import RolloutLoader, Task, on_device, prompt_ids, reading
 from .stages import Frozen, StageConfig, open_frozen
 from ..training.muon import OptimizerConfig
+from ..training.run import LoaderConfig
 from ..training.trainer import TrainConfig
 from ..utils.processes import rank_and_size
 
@@ -44,7 +45,7 @@ def open_task(
             settings[key] = value
     try:
         return ReasoningGymTask(name, **settings)
-    except (AssertionError, TypeError) as error:
+    except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"{data}: {' '.join(str(error).split())}") from None
 
 
@@ -84,6 +85,7 @@ class PromptTask(FileTask):
 class RLStage(StageConfig):
     "What stages have in common that train on their own samples."
 
+    loader: LoaderConfig = LoaderConfig(batch_size=1, seq_len=1)  # unused: see rollout
     rollout: RolloutConfig = RolloutConfig()
     train: TrainConfig = TrainConfig(steps=100, log_every=1, eval_every=0, save_every=50)
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, weight_decay=0.0)

@@ -1,13 +1,13 @@
 """How near do adapters, prompts, prefixes and a side network come to training all weights?
 
-    python bench/peft.py                                  # all methods
-    python bench/peft.py --arms "LoRA 8" "all weights"    # some; the file keeps the others
-    python bench/peft.py --seeds 2 --steps 20 --dry       # a look; writes no file
+    python bench/adapters.py                                  # all methods
+    python bench/adapters.py --arms "LoRA 8" "all weights"    # some; the file keeps the others
+    python bench/adapters.py --seeds 2 --steps 20 --dry       # a look; writes no file
 
 The course's Shakespeare model is fine-tuned on the plays in capital letters. For each method the
 best of three learning rates is taken on the last training play, with one seed; then three seeds
 are judged by bits per byte of the beginnings (10,000 characters each) of the four held-out plays
-in capitals. Writes bench/results/peft.json.
+in capitals. Writes bench/results/adapters.json.
 """
 
 import argparse
@@ -113,14 +113,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--dry", action="store_true", help="print the rows, write no file")
     args = parser.parse_args()
-    path = ROOT / "bench" / "results" / "peft.json"
+    path = ROOT / "bench" / "results" / "adapters.json"
     for arm in args.arms:
         row = run(arm, args.seeds, args.steps)
         print(row, flush=True)
         if not args.dry:  # at once, so that several processes can share the arms
             old = json.loads(path.read_text())["rows"] if path.exists() else []
             rows = [row, *(r for r in old if r["arm"] != arm)]
-            record("peft", sorted(rows, key=lambda r: list(ARMS).index(r["arm"])),
+            record("adapters", sorted(rows, key=lambda r: list(ARMS).index(r["arm"])),
                    tokens_a_step=BATCH * LENGTH, held_out_bytes=4 * HELD_OUT)
 
 
