@@ -504,7 +504,9 @@ def test_the_command_has_a_flag_for_each_setting():
     words = ["--model", "a", "--teacher", "b", "--data", "c.jsonl", "--out", "d",
              "--distill.divergence", "jsd", "--distill.beta", "0.3", "--on_policy", "0.5",
              "--rollout.n", "4"]
-    config = stage_config("distill", command_parser("distill").parse_words(words))
+    settings = command_parser("distill").parse_words(words)
+    assert settings.pop("config") is None
+    config = stage_config("distill", settings)
     assert config == DistillStage(
         model="a", teacher="b", data="c.jsonl", out="d", on_policy=0.5,
         distill=DistillConfig(divergence="jsd", beta=0.3), rollout=RolloutConfig(n=4))
