@@ -212,7 +212,7 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        write_data(Path(name), args.model, 400)
+        write_data(Path(name), args.model, ROWS * (args.steps + 2))
         for stage in args.stages:
             rows.append(compare(stage, Path(name), args))
             show(rows[-1])

@@ -151,6 +151,12 @@ def test_evaluation_is_a_mean_over_targets_and_repeats_itself():
     assert got["val_bits_per_byte"] == pytest.approx(mean / math.log(2) / 4)
 
 
+def test_a_loss_that_is_not_of_tokens_has_no_perplexity():
+    objective = NextToken(Bigram())
+    objective.nats_per_token = False
+    assert {"val_loss"} == {n for n in evaluate(objective, [batch()]) if n != "val_accuracy"}
+
+
 def test_evaluation_puts_the_loader_back():
     class Loader:
         at = 0

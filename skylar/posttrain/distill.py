@@ -175,6 +175,8 @@ class DistillObjective(NextTokenObjective):
 
     Batches as for NextTokenObjective. `ValueError` for another number of tokens."""
 
+    nats_per_token = False  # a divergence has no perplexity
+
     def __init__(self, model: nn.Module,  # the student
                  teacher,  # a CausalLM, which is frozen here, or a Frozen
                  config: DistillConfig = DistillConfig()):

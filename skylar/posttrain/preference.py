@@ -186,6 +186,8 @@ class PreferenceObjective(nn.Module):
     """Preference optimization; batches are those of data.pairs. The reference's
     log-probabilities come from the batch (see `with_reference`) or from the model."""
 
+    nats_per_token = False  # the loss is of pairs
+
     def __init__(self, model: nn.Module,  # a CausalLM, in training
                  reference: nn.Module | None = None,  # a frozen copy of where it began
                  config: PreferenceConfig | None = None):

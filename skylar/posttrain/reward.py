@@ -76,6 +76,8 @@ class RewardConfig:
 class RewardObjective(nn.Module):
     "Rank the chosen answer of each pair first; batches are data.pairs.pair_batch's."
 
+    nats_per_token = False  # the loss is of pairs
+
     def __init__(self, model: RewardModel, config: RewardConfig | None = None):
         super().__init__()
         self.model, self.config = model, config or RewardConfig()

@@ -62,7 +62,9 @@ def evaluate(
     means = {k: float(s) / int(n) for k, (s, n) in sums.items() if int(n)}
     if "loss" not in means:
         raise ValueError("evaluation saw no valid target: the evaluation data is empty")
-    row = lm_metrics(means.pop("loss"), bytes_per_token)
+    loss = means.pop("loss")
+    per_token = getattr(objective, "nats_per_token", True)  # a loss of pairs has no perplexity
+    row = lm_metrics(loss, bytes_per_token) if per_token else {"val_loss": loss}
     return row | {f"val_{name}": value for name, value in means.items()}
 
 
