@@ -8,7 +8,7 @@ __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'StreamConfig', 'LossConfig', 'Loader
            'check_same', 'has_checkpoint', 'has_metrics', 'is_half_made', 'check_out', 'Run', 'prepare_run', 'model_of',
            'fetch_run', 'open_run_data', 'check_sampling', 'make_data', 'check_same_data', 'RunResult', 'train',
            'uploading', 'write_description', 'save_tokenizer', 'run_metadata', 'record_of', 'metadata_of', 'save_run',
-           'run_summary', 'result_summary', 'is_finished', 'load_run', 'open_weights', 'run_tokenizer', 'is_run',
+           'run_summary', 'result_summary', 'is_finished', 'load_run', 'trained_model', 'run_tokenizer', 'is_run',
            'open_model', 'tokenizer_rules', 'evaluate_run']
 
 # %% ../../nbs/library/runs.ipynb #c002
@@ -20,7 +20,6 @@ import textwrap
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -651,23 +650,25 @@ def load_run(
         raise ValueError(
             f"{found} does not say which model it holds; when you train in Python, give "
             "Trainer(..., metadata=save_run(out_dir, model, tokenizer)), as the README does")
-    model = config_from_dict(metadata["model"])
+    config = config_from_dict(metadata["model"])
     # a stage of post-training may have begun with anybody's model and tokenizer
     kind = PretrainedTokenizer if "stage" in metadata else BPETokenizer
     tokenizer = run_tokenizer(Path(folder), found, metadata["tokenizer"], kind)
-    return open_weights(folder, model, metadata).eval(), tokenizer, metadata
+    model = trained_model(folder, config, metadata.get("adapter"))
+    return model.eval(), tokenizer, metadata
 
 
-def open_weights(folder: Path | str, model, metadata: dict) -> CausalLM:  # model: a config
-    "The model of a run; what an adapter has learned ends in its weights."
-    adapter = metadata.get("adapter") or {"kind": "none"}
-    if adapter["kind"] == "none":
-        model = CausalLM(model)
-        load_weights(folder, model)
-        return model
-    # of a floor above: imported where a run needs it
-    adapted = import_module("skylar.posttrain.adapters").open_adapted
-    return adapted(lambda: CausalLM(model), adapter, lambda m: load_weights(folder, m))
+def trained_model(folder: Path | str, config, adapter: dict | None) -> CausalLM:
+    "The model of a checkpoint; what an adapter has learned is merged into its weights."
+    if adapter and adapter["kind"] != "none":
+        # the one import of a floor above, an exception in pyproject.toml: whoever opens a
+        # run need not know how it was trained
+        from skylar.posttrain.adapters import open_adapted
+
+        return open_adapted(lambda: CausalLM(config), adapter, lambda m: load_weights(folder, m))
+    model = CausalLM(config)
+    load_weights(folder, model)
+    return model
 
 
 def run_tokenizer(folder: Path, checkpoint: Path, fingerprint: str, kind=BPETokenizer):
