@@ -665,7 +665,8 @@ def trained_model(folder: Path | str, config, adapter: dict | None) -> CausalLM:
         # run need not know how it was trained
         from skylar.posttrain.adapters import open_adapted
 
-        return open_adapted(lambda: CausalLM(config), adapter, lambda m: load_weights(folder, m))
+        return open_adapted(lambda: CausalLM(config), adapter,
+                            lambda model: load_weights(folder, model))
     model = CausalLM(config)
     load_weights(folder, model)
     return model
