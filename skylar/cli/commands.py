@@ -31,7 +31,8 @@ from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
-from .stages import STAGES, add_stage_flags, sft, stage_config
+from .stages import CONFIGS, add_stage_flags, sft, stage_config
+from .posttrain import pairs, posttrain, tasks
 from .preference import preference, reward
 from .rl import grpo, ppo
 from .distill import distill
@@ -592,6 +593,9 @@ COMMANDS = {
     "ppo": ppo,
     "grpo": grpo,
     "distill": distill,
+    "tasks": tasks,
+    "pairs": pairs,
+    "posttrain": posttrain,
     "lr-range": lr_range,
     "sweep": sweep,
     "watch": watch,
@@ -616,9 +620,9 @@ def command_parser(name: str) -> Parser:
         parser.add_config_flags()
     if function in (pretrain, plan):
         add_run_flags(parser)
-    if name in STAGES:
+    if name in CONFIGS:
         add_stage_flags(parser, name)
-    if function is pretrain or name in STAGES:
+    if function is pretrain or name in CONFIGS:
         return parser
     add_flags(parser, read_parameters("skylar.cli.commands", function.__name__))
     if function is data_tokenize:
@@ -682,7 +686,7 @@ def run_command(words: list[str]) -> int:
         settings["config"] = files
     if COMMANDS[name] is pretrain:
         return pretrain(run_config(settings, files))
-    if name in STAGES:
+    if name in CONFIGS:
         return COMMANDS[name](stage_config(name, settings, files))
     parameters = inspect.signature(COMMANDS[name]).parameters.values()
     first = [settings.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]

@@ -162,8 +162,8 @@ def _alpaca_row(row: Mapping) -> list:
 
 
 def _completion_row(row: Mapping) -> list:
-    "`prompt` and `completion`: texts, or lists of messages."
-    prompt, completion = row["prompt"], row.get("completion")
+    "`prompt` and `completion` (or `answer`): texts, or lists of messages."
+    prompt, completion = row["prompt"], row.get("completion", row.get("answer"))
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(completion, str) or completion is None:
         completion = [{"role": "assistant", "content": completion}]
