@@ -51,7 +51,7 @@ def write_data(folder: Path, model: str, n: int) -> None:
         "sft": [{"prompt": c[:-1], "completion": c[-1:]} for c in chats],
         "pairs": [{"prompt": c[:-1], "chosen": c[-1:], "rejected": o[-1:]}
                   for c, o in zip(chats, others) if c[-1] != o[-1]],
-        "prompts": [{"prompt": c[:-1], "answer": "x"} for c in chats]}
+        "prompts": [{"prompt": c[-2]["content"], "answer": "x"} for c in chats]}
     for name, found in rows.items():
         lines = "".join(json.dumps(row) + "\n" for row in found)
         (folder / f"{name}.jsonl").write_text(lines)
@@ -114,6 +114,8 @@ def theirs(stage: str, folder: Path, steps: int) -> list[float]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     name = {"sft": "sft", "sft packed": "sft", "grpo": "prompts"}.get(stage, "pairs")
     rows = [json.loads(x) for x in (folder / f"{name}.jsonl").read_text().splitlines()]
+    if stage == "grpo":  # ours makes a message of a prompt
+        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
     common = dict(
         output_dir=str(folder / "theirs"), max_steps=steps, per_device_train_batch_size=ROWS,
         learning_rate=1e-6, bf16=True, use_cpu=True, report_to=[], save_strategy="no",

@@ -278,6 +278,19 @@ def tokenize_rows() -> Iterator[list[str]]:
                f"{row['share_of_bare']:.2f}x", "0.8x"]
 
 
+def posttrain_rows() -> Iterator[list[str]]:
+    "Steps of post-training of SmolLM2-135M against TRL's, and the peak memory of DPO."
+    names = {"sft": "SFT", "sft packed": "SFT, packed", "dpo": "DPO", "orpo": "ORPO",
+             "dpo precomputed": "DPO, reference computed before", "grpo": "GRPO, rollouts included"}
+    for row in result("posttrain")["rows"]:
+        what = f"SmolLM2-135M, step of {row['rows']} rows, {names[row['stage']]}"
+        yield [what, f"{row['ours_seconds']:.1f} s", f"{row['theirs_seconds']:.1f} s (TRL)",
+               f"{row['times_faster']:.2f}x", "1.3x"]
+        if row["stage"].startswith("dpo"):
+            yield [f"{what}: peak memory", f"{row['ours_peak_mb']:,.0f} MB",
+                   f"{row['theirs_peak_mb']:,.0f} MB (TRL)", f"{row['share_of_memory']:.0%}", "60%"]
+
+
 SOURCES = {  # what is measured, its script -> its rows
     ("training step, qwen3", "train_step.py"): lambda: training_rows("qwen3"),
     ("training step, gpt2", "train_step.py"): lambda: training_rows("gpt2"),
@@ -292,6 +305,7 @@ SOURCES = {  # what is measured, its script -> its rows
     ("FSDP on two processes", "scaling.py"): scaling_rows,
     ("checkpoints", "checkpoints.py"): checkpoint_rows,
     ("Muon's share of a step", "muon.py"): muon_rows,
+    ("post-training of SmolLM2-135M", "posttrain.py"): posttrain_rows,
     ("batches from disk", "loader.py"): loader_rows,
     ("corpus to shards", "tokenize.py"): tokenize_rows,
 }

@@ -116,7 +116,7 @@ class PPOConfig:
     kl_coef: float = 0.05  # price of the KL divergence to the model at the start
     kl_estimator: str = "k1"  # or k3
     kl_target: float | None = None  # nats a completion: the price follows; None: fixed
-    kl_horizon: int = 10_000  # completions over which it follows
+    kl_horizon: int = 10_000  # completions, of each update, over which it follows
     clip: float = 0.2  # epsilon of the ratio
     value_clip: float | None = 0.2  # how far a value may move in the updates of a batch
     value_coef: float = 0.1  # weight of the value loss
