@@ -136,9 +136,9 @@ def test_a_signal_saves_and_stops(home, here, monkeypatch, capsys):
 # --- checked before the first stage ---
 
 
-def changed(stage: int, **settings):
+def changed(number: int, **settings):
     def change(found):
-        found["stages"][stage] |= settings
+        found["stages"][number] |= settings
     return change
 
 
@@ -180,7 +180,7 @@ def test_other_settings_and_folders_of_an_earlier_run_are_refused(home, whole, h
 
 def test_tasks_of_own_articles(here, capsys):
     rows = [{"title": f"Thing {i}", "topic": "ABC"[i % 3],
-             "extract": f"It is of {1900 + i}." if i % 2 else "It is."} for i in range(60)]
+             "extract": f"Thing {i} is" + (f" of {1900 + i}." if i % 2 else ".")} for i in range(60)]
     Path("articles.json").write_text(json.dumps(rows))
     words = ["tasks", "--out", "tasks", "--articles", "articles.json", "--each", "5"]
     assert main(words) == 0 and "train answer" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .flags import Parser, UsageError, command_line
+from .flags import Parser, UsageError
 from .stages import CONFIGS, MAKERS, add_stage_flags, stage_config
 from .stages import next_command, train_and_report
 

@@ -86,8 +86,8 @@ def stage_config(command: str, settings: dict[str, Any], config: list | None = N
 def next_command(stage: str, model: str, out: Path) -> str:
     "What one does with the folder that a stage has left."
     if stage == "tasks":
-        return command_line("skylar", "sft", "--model", "...", "--data", out / "train.jsonl",
-                            "--out", "...")
+        return command_line("skylar", "sft", "--model", "...", "--data",
+                            Path(out) / "train.jsonl", "--out", "...")
     if stage == "pairs":
         return command_line("skylar", "preference", "--model", model, "--data", out,
                             "--out", "...")
