@@ -186,7 +186,7 @@ def single_query_attention(
         return _bf16_single_query(q, k, v, dense)
     rows = q.reshape(B, K, H // K, D)  # einops would cost as much again
     out = F.scaled_dot_product_attention(rows, k, v, attn_mask=dense, dropout_p=dropout)
-    return out.reshape(B, H, 1, -1)
+    return out.reshape(B, H, 1, v.shape[-1])
 
 
 def _bf16_single_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
