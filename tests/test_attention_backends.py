@@ -435,6 +435,12 @@ def test_a_model_trains_alike_with_every_backend():
             assert distance(a, b) < 1e-4
 
 
+def test_a_single_query_of_an_empty_batch():
+    """In evaluation, the last step may hold nothing for a rank."""
+    q, k = torch.zeros(0, 4, 1, 16), torch.zeros(0, 2, 3, 16)
+    assert single_query_attention(q, k, k[..., :8]).shape == (0, 4, 1, 8)
+
+
 @pytest.mark.parametrize("keys", [20, 300, 4200])  # as it is, in float32, the query twice
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_single_bfloat16_query_is_as_exact_as_the_kernel(keys, masked):

@@ -1,7 +1,9 @@
 """`skylar posttrain`: a file of stages, checked before the first one, resumed, on two ranks."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -113,18 +115,15 @@ def test_a_stopped_recipe_goes_on_as_if_nothing_had_happened(home, whole, here, 
 def test_a_signal_saves_and_stops(home, here, monkeypatch, capsys):
     from skylar.posttrain import stages
 
-    run_stage, seen = stages.train_stage, []
+    train_stage, seen = stages.train_stage, []
 
-    def stopped(stage, *args, **options):
-        import os
-        import signal
-
+    def stopped(stage):
         def interrupt(row):
             seen.append(stage.config.stage)
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return run_stage(stage, (interrupt,), quiet=True)
+        return train_stage(stage, (interrupt,), quiet=True)
 
     monkeypatch.setattr(stages, "train_stage", stopped)
     assert main(write(recipe(home))) == 130
@@ -149,10 +148,14 @@ def changed(number: int, **settings):
     (changed(2, loader={"batch_size": "two"}), ["stage 3 (preference)", "batch_size"]),
     (changed(2, data="nowhere.jsonl"), ["stage 3 (preference)", "no data at nowhere.jsonl"]),
     (changed(2, out="sft"), ["stage 3 (preference)", "out='sft'"]),
+    (changed(2, data="pairs/other.jsonl"), ["stage 3 (preference)", "give run/pairs/pairs"]),
+    (changed(2, data="sft"), ["stage 3 (preference)", "it is for model"]),
     (changed(2, out="../elsewhere"), ["stage 3 (preference)", "elsewhere"]),
+    (changed(2, out=".."), ["stage 3 (preference)", "out='..'"]),
     (changed(2, resume=False), ["stage 3 (preference)", "resume"]),
     (changed(2, train={"device": "tpu"}), ["stage 3 (preference)", "train.device='tpu'"]),
     (changed(1, rollout={"n": 1}), ["stage 2 (pairs)", "n=1"]),
+    (changed(1, device="tpu"), ["stage 2 (pairs)", "device='tpu'"]),
     (changed(0, data="nowhere.jsonl"), ["stage 1 (sft)", "no data at nowhere.jsonl"]),
 ])
 def test_a_mistake_in_any_stage_is_one_line_before_the_first(home, here, capsys, change, words):
@@ -179,8 +182,9 @@ def test_other_settings_and_folders_of_an_earlier_run_are_refused(home, whole, h
 
 
 def test_tasks_of_own_articles(here, capsys):
-    rows = [{"title": f"Thing {i}", "topic": "ABC"[i % 3],
-             "extract": f"Thing {i} is" + (f" of {1900 + i}." if i % 2 else ".")} for i in range(60)]
+    texts = [f"Thing {i} is of {1900 + i}." if i % 2 else f"Thing {i} is." for i in range(60)]
+    rows = [{"title": f"Thing {i}", "topic": "ABC"[i % 3], "extract": text}
+            for i, text in enumerate(texts)]
     Path("articles.json").write_text(json.dumps(rows))
     words = ["tasks", "--out", "tasks", "--articles", "articles.json", "--each", "5"]
     assert main(words) == 0 and "train answer" in capsys.readouterr().out
@@ -191,6 +195,18 @@ def test_tasks_of_own_articles(here, capsys):
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
     assert main(words) == 0 and "is made already" in capsys.readouterr().out
     assert main([*words, "--seed", "1"]) == 2 and "seed is 0" in capsys.readouterr().err
+
+
+def test_own_articles_of_one_topic_and_files_of_something_else(here, capsys):
+    Path("bad.json").write_text("{")
+    Path("few.json").write_text('[{"title": "A", "extract": "A is.", "topic": "B"}]')
+    words = ["tasks", "--out", "tasks", "--articles"]
+    assert main([*words, "bad.json"]) == 2 and "bad.json is no JSON" in capsys.readouterr().err
+    assert main([*words, "nowhere.json"]) == 2 and "nowhere" in capsys.readouterr().err
+    assert not Path("tasks").exists()
+    assert main([*words, "few.json"]) == 0  # no other topic to choose from
+    kinds = [json.loads(line)["kind"] for line in Path("tasks/train.jsonl").open()]
+    assert sorted(kinds) == ["classify", "refuse"]
 
 
 def test_pairs_that_cannot_be(home, here, capsys):
@@ -213,4 +229,4 @@ def test_two_ranks_train_what_one_trains(home, whole, here):
     assert Path("run/pairs/pairs.jsonl").exists()
     for name in ("sft", "preference"):
         for a, b in zip(weights(f"run/{name}"), weights(whole / "run" / name)):
-            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+            assert (a - b).abs().mean() < 2e-3  # AdamW moves what has no gradient by its sign

@@ -22,8 +22,7 @@ from .tasks import make_folder
 from ..training.run import open_model
 from ..utils.checks import check_int
 from ..utils.devices import pick_device
-from ..utils.processes import gather_objects, join_processes, local_device, on_main
-from ..utils.processes import rank_and_size
+from ..utils.processes import gather_objects, local_device, on_main, rank_and_size
 
 # %% ../../nbs/library/sample_pairs.ipynb #450c727a
 COUNTED = dict.fromkeys(("prompts", "answers", "right", "unfinished_or_empty", "pairs"), 0)
@@ -92,6 +91,7 @@ class PairsConfig:
 
     stage: ClassVar[str] = "pairs"  # the command
     FREE: ClassVar[tuple[str, ...]] = ("out", "bad_rows", "device")
+    FILES: ClassVar[tuple[str, ...]] = ("pairs.jsonl",)
 
     model: str  # trained model that answers: a run, a folder, a hub id owner/name, smollm2
     data: str  # rows of prompt and answer (.jsonl), or reasoning-gym:NAME?setting=value&...
@@ -110,7 +110,6 @@ class PairsConfig:
         "Sample on all processes, write on one."
         task = open_task(self.data, self.bad_rows == "skip")
         device = local_device(pick_device(self.device))
-        join_processes(device)
         model, tokenizer, ends = open_model(self.model, device=device, dtype=torch.float32)
         check_prompts(task, tokenizer, self.rollout, model.decoder_config.max_seq_len,
                       self.max_prompts or len(task))
@@ -121,4 +120,4 @@ class PairsConfig:
         if not rows:
             raise ValueError(f"no prompt of {self.data} has a right and a wrong answer: "
                              f"{counts}; raise rollout.n or rollout.temperature")
-        on_main(make_folder, self, {"pairs.jsonl": [rows[i] for i in sorted(rows)]}, counts)
+        on_main(make_folder, self, {self.FILES[0]: [rows[i] for i in sorted(rows)]}, counts)

@@ -139,6 +139,7 @@ class TasksConfig:
 
     stage: ClassVar[str] = "tasks"  # the command
     FREE: ClassVar[tuple[str, ...]] = ("out", "articles")
+    FILES: ClassVar[tuple[str, ...]] = ("train.jsonl", "held_out.jsonl")
 
     out: str | None = None  # folder to make, with train.jsonl and held_out.jsonl in it
     articles: str | None = None  # JSON of title, extract, topic; left out: an encyclopaedia
@@ -158,8 +159,8 @@ class TasksConfig:
             raise ValueError(f"{self.articles}: too few articles to make tasks of")
         counts = {f"{name} {kind}": n for name, tasks in (("train", train),
                   ("held out", held_out)) for kind, n in Counter(t.kind for t in tasks).items()}
-        make_folder(self, {"train.jsonl": list(map(task_row, train)),
-                           "held_out.jsonl": list(map(task_row, held_out))}, counts)
+        parts = (list(map(task_row, part)) for part in (train, held_out))
+        make_folder(self, dict(zip(self.FILES, parts)), counts)
 
 
 def task_row(task: Task) -> dict:
