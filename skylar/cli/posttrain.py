@@ -174,6 +174,9 @@ def run_maker(config: Any) -> None:
     if config.stage == "tasks":
         on_main(config.make)
     else:
+        if is_main_process():
+            print(f"{config.model} answers each prompt of {config.data} {config.rollout.n} times",
+                  flush=True)
         config.make()
     if is_main_process():
         counts = {k.replace("_", " "): f"{n:,}" for k, n in read_counts(config).items()}

@@ -138,7 +138,7 @@ class TasksConfig:
     "What the command `skylar tasks` is told."
 
     stage: ClassVar[str] = "tasks"  # the command
-    FREE: ClassVar[tuple[str, ...]] = ("out", "articles")
+    FREE: ClassVar[tuple[str, ...]] = ("out",)
     FILES: ClassVar[tuple[str, ...]] = ("train.jsonl", "held_out.jsonl")
 
     out: str | None = None  # folder to make, with train.jsonl and held_out.jsonl in it
