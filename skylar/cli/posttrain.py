@@ -57,7 +57,7 @@ def read_stage(settings: dict, out: Path, model: str | None, folders: dict[str, 
         settings.setdefault("model", model)
     return stage_config(command, parser.parse_object(settings).as_dict())
 
-
+# %% ../../nbs/library/cli_posttrain.ipynb #c8ee4f67
 @contextmanager
 def numbered(n: int, stage: str | None) -> Iterator[None]:
     "Mistakes inside say which stage of the recipe they are in."
@@ -113,7 +113,7 @@ def check_made(data: str, maker: Any) -> None:
         hint = f"give {' or '.join(known)}" if known else "it is for model"
         raise ValueError(f"data={data!r} is not what stage {maker.stage!r} makes; {hint}")
 
-
+# %% ../../nbs/library/cli_posttrain.ipynb #0b7d9fa1
 def device_of(config: Any) -> str | None:
     "Name of the device that a stage computes on, if it does."
     return getattr(getattr(config, "train", config), "device", None)
@@ -175,8 +175,7 @@ def run_maker(config: Any) -> None:
         on_main(config.make)
     else:
         if is_main_process():
-            print(f"{config.model} answers each prompt of {config.data} {config.rollout.n} times",
-                  flush=True)
+            print(f"{config.model} answers each prompt {config.rollout.n} times", flush=True)
         config.make()
     if is_main_process():
         counts = {k.replace("_", " "): f"{n:,}" for k, n in read_counts(config).items()}
