@@ -130,7 +130,7 @@ def is_done(config: Any) -> bool:
     check_stage(config)
     return is_finished(Path(config.out).expanduser())
 
-
+# %% ../../nbs/library/cli_posttrain.ipynb #8cbca32a
 def check_recipe(configs: list) -> list[bool]:  # which stages are done
     "Check every stage as far as its settings, its data and its folder go."
     from skylar.training.run import check_device

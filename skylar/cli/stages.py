@@ -123,13 +123,14 @@ def run_stage_command(config: Any) -> int:
     leads, out = is_main_process(), Path(config.out).expanduser()
     leave_processes()
     if leads and result.signal:
-        again = command_line("skylar", config.stage, "--config", out / "config.yaml", "--resume")
+        again = command_line(
+            "skylar", config.stage, "--config", out / "config.yaml", "--resume")
         print(f"skylar: stopped and saved; go on with `{again}`", file=sys.stderr)
     elif leads:
         print("now try:", next_command(config.stage, config.model, out))
     return 130 if result.signal else 0
 
-
+# %% ../../nbs/library/cli_stages.ipynb #25a1c296
 def sft(
     config: Any,  # an SFTStage
 ) -> int:
