@@ -181,7 +181,7 @@ def run_maker(config: Any) -> None:
         counts = {k.replace("_", " "): f"{n:,}" for k, n in read_counts(config).items()}
         show_summary(counts | {"output": str(config.out)})
 
-
+# %% ../../nbs/library/cli_posttrain.ipynb #74fdf1c8
 def run_recipe(configs: list, done: list[bool]) -> int | None:
     "Run the stages that are not done; a signal that stopped one, if any."
     from skylar.utils.processes import is_main_process
@@ -198,7 +198,7 @@ def run_recipe(configs: list, done: list[bool]) -> int | None:
             return signal
     return None
 
-
+# %% ../../nbs/library/cli_posttrain.ipynb #9ea1a0b8
 def posttrain(
     *,
     out: str,  # folder of the recipe, with a folder for each stage
