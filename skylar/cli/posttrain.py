@@ -265,8 +265,9 @@ def tasks(
 def pairs(
     config: Any,  # a PairsConfig
 ) -> int:
-    """Let a model answer each prompt several times, and write a right and a wrong answer of
-    its own as a pair for `skylar preference`. Prompts without both are only counted.
+    """Let a model answer each prompt several times, and write its best and its worst answer
+    as a pair for `skylar preference`. A program scores them: by the answer that the data have,
+    or by that of a task of reasoning-gym. Prompts without a difference are only counted.
 
     Examples:
       skylar pairs --model runs/chat --data runs/tasks/train.jsonl --out runs/pairs

@@ -118,6 +118,6 @@ class PairsConfig:
         rows = {place: row for part, _ in found for place, row in part.items()}
         counts = {name: sum(more[name] for _, more in found) for name in found[0][1]}
         if not rows:
-            raise ValueError(f"no prompt of {self.data} has a right and a wrong answer: "
+            raise ValueError(f"no prompt of {self.data} got answers of different scores: "
                              f"{counts}; raise rollout.n or rollout.temperature")
         on_main(make_folder, self, {self.FILES[0]: [rows[i] for i in sorted(rows)]}, counts)
