@@ -660,7 +660,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     typed = " ".join(w for w in words[:2] if not w.startswith("-"))
     group = [name for name in COMMANDS if name.split()[0] == words[0]]
     near = group or difflib.get_close_matches(typed, COMMANDS, n=1)
-    near = near or difflib.get_close_matches(words[0], COMMANDS, n=1)
+    near = near or difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.65)
     names = " or ".join(map(repr, near))
     hint = f"did you mean {names}?" if near else "see `skylar --help`"
     raise UsageError(f"unknown command {typed!r}; {hint}")
