@@ -21,7 +21,7 @@ import yaml
 from skylar.cli import commands, main
 from skylar.cli.commands import COMMANDS, DEMO, command_parser
 from skylar.cli.flags import UsageError
-from skylar.cli.stages import STAGES
+from skylar.cli.stages import CONFIGS
 from skylar.data.sources import SOURCES
 from skylar.models.presets import PRESETS, get_config
 from skylar.training import run as runs
@@ -397,7 +397,7 @@ def test_flags_are_those_of_the_imported_objects_and_of_fastcore():
         assert [(p.name, p.kind, p.default) for p in ours] == [
             (f.name, types[f.name], f.default) for f in dataclasses.fields(kind)]
         assert {p.name: p.help for p in ours} == docments(kind, returns=False)
-    for command in COMMANDS.keys() - {"pretrain", *STAGES}:  # whose flags are a config's
+    for command in COMMANDS.keys() - {"pretrain", *CONFIGS}:  # they have a config's
         function = COMMANDS[command]
         ours = {p.name: p for p in read_parameters("skylar.cli.commands", function.__name__)}
         for name, p in inspect.signature(function).parameters.items():
