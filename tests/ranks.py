@@ -63,6 +63,23 @@ def launch(n: int, *command, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, code, out, err)
 
 
+def check_two_ranks(words: list, folder: Path) -> None:
+    "`skylar WORDS` trains on two ranks what it trains on one; its runs are in `folder`."
+    import pytest
+    import torch
+    from test_distributed import numbers
+
+    from skylar.training.run import open_model
+
+    for n, name in ((1, "alone"), (2, "two")):
+        launch(n, "-m", "skylar", *words, "--out", folder / name)
+    alone, two = folder / "alone", folder / "two"
+    assert numbers(two) == [pytest.approx(row, abs=2e-4) for row in numbers(alone)]
+    models = (open_model(path)[0].parameters() for path in (alone, two))
+    for p, q in zip(*models, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+
+
 @contextlib.contextmanager
 def ended_at_last(processes):
     "None of them is left behind, whatever happens."

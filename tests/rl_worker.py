@@ -37,6 +37,20 @@ def parts(kind: str, model, settings: dict):
     return objective, ppo_preparer(objective, reference)
 
 
+def train(objective, loader, steps: int, out_dir=None, resume=False, *, lr: float = 2e-3,
+          grad_accum_steps: int = 1, parallel=None) -> Trainer:
+    """A Trainer that has run to its last step, at a constant rate and in float32."""
+    trainer = Trainer(
+        objective, loader,
+        TrainConfig(steps=steps, log_every=1, eval_every=0, save_every=2, device="cpu",
+                    dtype="float32", async_save=False, grad_accum_steps=grad_accum_steps),
+        optimizer=AdamWConfig(lr=lr, weight_decay=0.0), out_dir=out_dir, quiet=True,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0),
+        **({"parallel": parallel} if parallel else {}))
+    trainer.train(resume=resume, extend=resume)
+    return trainer
+
+
 def main(out: str, kind: str, start: str, settings: dict) -> None:
     join_processes(torch.device("cpu"))
     run = {"steps": 4, "resume": False, "out_dir": None}
@@ -49,15 +63,10 @@ def main(out: str, kind: str, start: str, settings: dict) -> None:
     rollouts = RolloutConfig(prompts=4, n=4, max_new_tokens=3, chat=False, iterations=2)
     loader = RolloutLoader(objective.model, SumTokenizer(), SumTask(), rollouts,
                            prepare=prepare, rank=rank, world_size=size, grad_accum_steps=2)
-    trainer = Trainer(
-        objective, loader, TrainConfig(steps=run["steps"], dtype="float32", log_every=1,
-                                       eval_every=0, save_every=2, device="cpu",
-                                       grad_accum_steps=2, async_save=False),
-        optimizer=AdamWConfig(lr=1e-3, weight_decay=0.0), quiet=True, parallel=parallel,
-        schedule=ScheduleConfig(kind="constant", warmup_steps=0), out_dir=run["out_dir"])
-    rows = trainer.train(resume=run["resume"], extend=run["resume"])
+    trainer = train(objective, loader, run["steps"], run["out_dir"], run["resume"], lr=1e-3,
+                    grad_accum_steps=2, parallel=parallel)
     if is_main_process():
-        torch.save({"rows": rows, "weights": objective.state_dict()}, out)
+        torch.save({"rows": trainer.metrics.rows, "weights": objective.state_dict()}, out)
 
 
 if __name__ == "__main__":

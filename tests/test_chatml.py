@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -405,7 +406,10 @@ def test_a_folder_is_all_of_its_files(tmp_path):
 def test_conversations_that_do_not_fit_are_bad_rows_too(tokenizer):
     long = Conversation([{"role": "user", "content": "a " * 99}, MESSAGES[1]], None, "x.jsonl:9")
     bad = BadRows("skip")
-    assert len(encode_all([*sums(3), long], tokenizer, 64, bad=bad)) == 3
+    with pytest.warns(UserWarning, match="x.jsonl:9.*are left out"):
+        assert len(encode_all([*sums(3), long], tokenizer, 64, bad=bad)) == 3
+    with warnings.catch_warnings(action="error"):
+        bad.close()  # it says so once
     assert bad.found[0][0] == "x.jsonl:9" and "beyond the 64" in bad.found[0][1]
     with pytest.raises(ValueError, match="x.jsonl:9"):
         encode_all([long], tokenizer, 64, bad=BadRows("refuse"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
-from test_distributed import numbers, torchrun
+from ranks import check_two_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,9 +22,9 @@ from skylar.posttrain.distill import (
     linear_divergence,
 )
 from skylar.posttrain.distill_stage import (
+    ConversationPrompts,
     DistillStage,
     MixedLoader,
-    PromptTask,
     WrittenLoader,
     right_padded,
 )
@@ -449,13 +449,7 @@ def test_two_ranks_train_what_one_trains(chats, small, tmp_path, strategy):
              "--parallel.strategy", strategy, "--loader.batch_size", 2, "--loader.seq_len", 128,
              "--train.steps", 3, "--train.log_every", 1, "--train.eval_every", 0,
              "--train.dtype", "float32", "--optimizer.lr", "1e-3"]
-    for n, name in ((1, "alone"), (2, "two")):
-        torchrun(n, "-m", "skylar", *map(str, words), "--out", str(tmp_path / name))
-    alone = numbers(tmp_path / "alone")
-    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-4) for row in alone]
-    a, b = (load_run(tmp_path / name)[0] for name in ("alone", "two"))
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    check_two_ranks(words, tmp_path)
 
 
 def test_a_student_that_is_its_teacher_begins_with_a_loss_of_zero(chats, tmp_path):
@@ -481,11 +475,11 @@ def test_prompts_are_conversations_without_their_last_answer():
         def __init__(self, *roles):
             self.messages = [{"role": role, "content": "x"} for role in roles]
 
-    task = PromptTask([Row("user", "assistant"), Row("user"), Row("assistant"),
+    task = ConversationPrompts([Row("user", "assistant"), Row("user"), Row("assistant"),
                        Row("system", "user", "assistant", "user", "assistant")])
     assert [len(m) for m in task.prompts] == [1, 4] and task[1].entry is None
     with pytest.raises(ValueError, match="nothing to sample answers to"):
-        PromptTask([Row("user")])
+        ConversationPrompts([Row("user")])
 
 
 def test_stage_refuses(chats, tmp_path):

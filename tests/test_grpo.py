@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from golden_cases import golden
+from rl_worker import train
 
 from skylar.posttrain.grpo import (
     LOSSES,
@@ -19,8 +20,6 @@ from skylar.posttrain.grpo import (
 from skylar.posttrain.rollout import RolloutConfig, RolloutLoader
 from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
 from skylar.training.objective import returns_mean
-from skylar.training.optim import AdamWConfig, ScheduleConfig
-from skylar.training.trainer import TrainConfig, Trainer
 
 CASES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo", "gspo",
          "grpo_two_sided", "dapo_clip_higher", "grpo_kl", "dapo_kl_unbiased", "gspo_kl",
@@ -210,14 +209,8 @@ def test_numbers_do_not_depend_on_batch_mates(base):
 def trained(base, steps, tmp_path=None, resume=False, **settings):
     config = GRPOConfig(loss=settings.pop("loss", "dapo"), longest=3)
     model = copy.deepcopy(base)
-    trainer = Trainer(
-        GRPOObjective(model, config), loader(model, config, **settings),
-        TrainConfig(steps=steps, log_every=1, eval_every=0, save_every=2, device="cpu",
-                    dtype="float32", async_save=False),
-        optimizer=AdamWConfig(lr=2e-3, weight_decay=0.0), out_dir=tmp_path, quiet=True,
-        schedule=ScheduleConfig(kind="constant", warmup_steps=0))
-    trainer.train(resume=resume, extend=resume)
-    return trainer
+    return train(GRPOObjective(model, config), loader(model, config, **settings), steps,
+                 tmp_path, resume)
 
 
 def test_the_toy_is_solved_within_thirty_steps(base):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import golden
-from test_distributed import numbers, torchrun
+from ranks import check_two_ranks
 from torch import nn
 
 from skylar.layers.cache import KVCache
@@ -390,13 +390,17 @@ def prompts(make):
             "prefix": PrefixObjective(make().eval(), 5)}
 
 
+@torch.no_grad()
+def moved(objective):
+    for p in objective.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return objective
+
+
 @pytest.mark.parametrize("name", ["prompt", "prefix"])
 def test_prompts_saved_and_loaded(tiny_model, tmp_path, name):
-    one, other = prompts(tiny_model)[name], prompts(tiny_model)[name]
-    with torch.no_grad():
-        for p in one.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    one, other = moved(prompts(tiny_model)[name]), prompts(tiny_model)[name]
     save_prompt(one, tmp_path / "p")
     assert not torch.equal(one(BATCH).loss_sum, other(BATCH).loss_sum)
     load_prompt(other, tmp_path / "p")
@@ -414,11 +418,7 @@ def test_prompts_saved_and_loaded(tiny_model, tmp_path, name):
 def test_peft_opens_our_prompts_and_we_open_its(tiny_model, tmp_path, name):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     save_pretrained(tiny_model(), tmp_path / "base")
-    one, other = prompts(tiny_model)[name], prompts(tiny_model)[name]
-    with torch.no_grad():
-        for p in one.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    one, other = moved(prompts(tiny_model)[name]), prompts(tiny_model)[name]
     save_prompt(one, tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32)
@@ -439,7 +439,7 @@ def test_a_stages_checkpoint_opens_as_a_plain_model(tiny_model, kind, tmp_path):
     with torch.no_grad():
         for _, layer in adapters(model):
             layer.lora_B.normal_(std=0.1)
-    found = open_adapted(tiny_model, vars(config), lambda m: m.load_state_dict(
+    found = open_adapted(tiny_model(), vars(config), lambda m: m.load_state_dict(
         model.state_dict())).eval()
     torch.testing.assert_close(found(IDS), model(IDS), atol=1e-5, rtol=1e-4)
     assert not list(adapters(found))
@@ -604,13 +604,7 @@ def test_two_ranks_train_the_adapter_that_one_trains(chats, tmp_path, strategy):
              "--val_fraction", 0, "--parallel.strategy", strategy, "--loader.batch_size", 2,
              "--loader.seq_len", 128, "--train.steps", 3, "--train.log_every", 1,
              "--train.eval_every", 0, "--train.dtype", "float32", "--optimizer.lr", "1e-3"]
-    for n, name in ((1, "alone"), (2, "two")):
-        torchrun(n, "-m", "skylar", *map(str, words), "--out", str(tmp_path / name))
-    alone = numbers(tmp_path / "alone")
-    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-4) for row in alone]
-    a, b = (load_run(tmp_path / name)[0] for name in ("alone", "two"))
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    check_two_ranks(words, tmp_path)
 
 
 def test_an_export_that_would_lose_an_adapter_is_refused(tiny_model, tmp_path):

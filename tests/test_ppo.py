@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from golden_cases import golden
+from rl_worker import train
 
 from skylar.posttrain.ppo import (
     PPOConfig,
@@ -22,8 +23,6 @@ from skylar.posttrain.ppo import (
 from skylar.posttrain.rollout import RolloutConfig, RolloutLoader
 from skylar.posttrain.sums import SumTask, SumTokenizer, expected_reward, sums_model
 from skylar.training.objective import returns_mean
-from skylar.training.optim import AdamWConfig, ScheduleConfig
-from skylar.training.trainer import TrainConfig, Trainer
 
 CASES = ("plain", "short_horizon", "reward_to_go")
 
@@ -223,14 +222,7 @@ def test_the_price_follows_the_target(base):
 def trained(base, steps, tmp_path=None, resume=False, config=None, **settings):
     objective = PPOObjective(copy.deepcopy(base), config or PPOConfig(kl_coef=0.0))
     settings = dict(prompts=128, iterations=2) | settings
-    trainer = Trainer(
-        objective, loader(objective, base, **settings),
-        TrainConfig(steps=steps, log_every=1, eval_every=0, save_every=2, device="cpu",
-                    dtype="float32", async_save=False),
-        optimizer=AdamWConfig(lr=2e-3, weight_decay=0.0), out_dir=tmp_path, quiet=True,
-        schedule=ScheduleConfig(kind="constant", warmup_steps=0))
-    trainer.train(resume=resume, extend=resume)
-    return trainer
+    return train(objective, loader(objective, base, **settings), steps, tmp_path, resume)
 
 
 def test_the_toy_is_learned(base):

@@ -85,7 +85,8 @@ def test_bad_rows_are_refused_or_skipped_and_named(data, tmp_path):
     config = PreferenceStage(**settings(data, tmp_path / "run"))
     with pytest.raises(ValueError, match=r"pairs\.jsonl:17: chosen and rejected are equal"):
         open_stage(config)
-    stage = open_stage(replace(config, bad_rows="skip"))
+    with pytest.warns(UserWarning, match=r"2 of 18 rows cannot be used.*are left out"):
+        stage = open_stage(replace(config, bad_rows="skip"))
     assert sum(len(loader.rows) for loader in stage.parts[1:]) == 16
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from chats import save_base
-from test_distributed import torchrun
+from ranks import launch
 
 from skylar.cli import main
 from skylar.cli.posttrain import read_recipe
@@ -225,7 +225,7 @@ def test_the_recipe_of_configs_is_one(here):
 
 
 def test_two_ranks_train_what_one_trains(home, whole, here):
-    torchrun(2, "-m", "skylar", *write(recipe(home)))
+    launch(2, "-m", "skylar", *write(recipe(home)))
     assert Path("run/pairs/pairs.jsonl").exists()
     for name in ("sft", "preference"):
         for a, b in zip(weights(f"run/{name}"), weights(whole / "run" / name)):

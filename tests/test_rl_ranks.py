@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import torchrun
+from ranks import launch
 
 from skylar.posttrain.sums import sums_model
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     def run(n: int, kind: str, **settings) -> dict:
         key = n, kind, json.dumps(settings)
         if key not in made:
-            torchrun(n, WORKER, folder / "out.pt", kind, folder / "start.pt", key[2])
+            launch(n, WORKER, folder / "out.pt", kind, folder / "start.pt", key[2])
             made[key] = torch.load(folder / "out.pt")
         return made[key]
 

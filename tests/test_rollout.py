@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from skylar.data.chat_rows import BadRows
 from skylar.inference.generate import generate
 from skylar.posttrain.preference import token_logprobs
 from skylar.posttrain.rollout import (
@@ -169,8 +170,9 @@ def test_a_file_names_its_bad_rows_or_skips_and_counts_them(tmp_path):
         with pytest.raises(ValueError, match=f"{path.name}:3"):
             FileTask(path)
     path.write_text("\n".join([good, *bad]))
-    task = FileTask(path, skip_bad=True)
-    assert len(task) == 1 and len(task.bad) == len(bad)
+    with pytest.warns(UserWarning, match=rf"{len(bad)} of 6 rows cannot be used: .*task.jsonl:2"):
+        task = FileTask(path, BadRows("skip"))
+    assert len(task) == 1
     assert task.score("so\nAnswer: 4", task[0]) == 1 and task.score("5", task[0]) == 0
     path.write_text("\n")
     with pytest.raises(ValueError, match="no example"):

@@ -12,7 +12,6 @@ from skylar.posttrain.battery import (
     battery,
     equals,
     equals_json,
-    left_padded,
     refuses,
     replies,
     score,
@@ -223,5 +222,3 @@ def test_padding_and_batch_mates_change_no_answer(tokenizer, model, seed):
     chats = [c for c in chats if len(tokenizer.chat(c)) < 100]
     together = replies(model.eval(), tokenizer, chats, 12)
     assert together == [replies(model, tokenizer, [c], 12)[0] for c in chats]
-    ids, mask = left_padded([[1, 2, 3], [4]])
-    assert ids.tolist() == [[1, 2, 3], [0, 0, 4]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 from chats import save_base, sums, write_chats
-from test_distributed import numbers, torchrun
+from ranks import check_two_ranks
+from test_distributed import numbers
 
 from skylar.cli import main
 from skylar.cli.stages import STAGES, stage_defaults, stage_fields
@@ -273,10 +274,4 @@ def test_help_imports_no_torch():
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_train_what_one_trains(home, tmp_path, strategy):
     flags = ["--parallel.strategy", strategy, "--sft.end_weight", "2"]
-    for n, name in ((1, "alone"), (2, "two")):
-        torchrun(n, "-m", "skylar", *words(home, tmp_path / name, *flags))
-    alone = numbers(tmp_path / "alone")
-    assert numbers(tmp_path / "two") == [pytest.approx(row, abs=2e-4) for row in alone]
-    a, b = (open_model(tmp_path / name)[0] for name in ("alone", "two"))
-    for p, q in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)
+    check_two_ranks(words(home, "", *flags), tmp_path)

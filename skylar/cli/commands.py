@@ -31,11 +31,9 @@ from .watch import watch
 from skylar.cli.flags import (
     Parameter, Parser, UsageError, add_flags, command_line, find_source, is_users, one_line,
     read_parameters)
-from .stages import CONFIGS, add_stage_flags, sft, stage_config
+from .stages import CONFIGS, add_stage_flags, distill, grpo, ppo, preference
+from .stages import reward, sft, stage_config
 from .posttrain import pairs, posttrain, tasks
-from .preference import preference, reward
-from .rl import grpo, ppo
-from .distill import distill
 from .sweep import sweep
 
 # %% ../../nbs/cli.ipynb #c049

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'MAKERS', 'CONFIGS', 'nested_defaults', 'stage_fields', 'stage_defaults', 'add_stage_flags', 'stage_config',
-           'next_command', 'train_and_report', 'run_stage_command', 'sft']
+           'next_command', 'train_and_report', 'run_stage_command', 'sft', 'preference', 'reward', 'grpo', 'ppo',
+           'distill']
 
 # %% ../../nbs/library/cli_stages.ipynb #3ec8c923
 import ast
@@ -142,5 +143,82 @@ def sft(
       skylar sft --model runs/first --data chats/ --out runs/chat --bad_rows skip \\
         --loader.seq_len 256 --optimizer.lr 1e-4
       skylar sft --config runs/chat/config.yaml --resume
+    """
+    return run_stage_command(config)
+
+# %% ../../nbs/library/cli_stages.ipynb #07706344
+def preference(
+    config: Any,  # a PreferenceStage
+) -> int:
+    """Teach a model which of two answers is better. Each row of the data has a prompt, a
+    chosen and a rejected answer; --data ultrafeedback, hh-rlhf or orca-pairs fetches
+    those from the hub. Losses: dpo, ipo, simpo, orpo, kto. Ctrl-C saves a checkpoint and
+    stops; the same command with --resume goes on.
+
+    Examples:
+      skylar preference --model runs/chat --data pairs.jsonl --out runs/dpo
+      skylar preference --model runs/chat --data pairs.jsonl --out runs/simpo \\
+        --preference.loss simpo --preference.beta 2 --preference.gamma 1
+      skylar preference --config runs/dpo/config.yaml --resume
+    """
+    return run_stage_command(config)
+
+
+def reward(
+    config: Any,  # a RewardStage
+) -> int:
+    """Train a reward model on pairs of answers. It gives a number to a prompt and an
+    answer, the higher the better; PPO and best-of-n use it.
+
+    Examples:
+      skylar reward --model runs/chat --data pairs.jsonl --out runs/reward
+      skylar reward --model smollm2 --data pairs/ --out runs/reward --bad_rows skip \\
+        --reward.centering 0.01
+    """
+    return run_stage_command(config)
+
+# %% ../../nbs/library/cli_stages.ipynb #900f0e4e
+def grpo(
+    config: Any,  # a GRPOStage
+) -> int:
+    """Train a model on rewards that a program computes, with groups of its own answers. The
+    loss is one of a family: grpo, dr_grpo, dapo, bnpo, gspo, luspo, cispo, sapo, vespo.
+
+    Examples:
+      skylar grpo --model smollm2 --data "reasoning-gym:chain_sum?max_terms=2" --out runs/sums
+      skylar grpo --model runs/chat --data questions.jsonl --out runs/reason --grpo.loss gspo \\
+        --rollout.n 16 --rollout.max_new_tokens 256 --grpo.beta 0.02
+      skylar grpo --config runs/sums/config.yaml --resume
+    """
+    return run_stage_command(config)
+
+
+def ppo(
+    config: Any,  # a PPOStage
+) -> int:
+    """Train a model on rewards with a value head and a price for leaving its start. Rewards
+    come from a verifier (--data alone) or from a reward model.
+
+    Examples:
+      skylar ppo --model runs/chat --data prompts.jsonl --reward_model runs/reward \\
+        --out runs/ppo
+      skylar ppo --model smollm2 --data questions.jsonl --out runs/ppo --ppo.kl_target 6
+    """
+    return run_stage_command(config)
+
+# %% ../../nbs/library/cli_stages.ipynb #d3e8d740
+def distill(
+    config: Any,  # a DistillStage
+) -> int:
+    """Train a student on a teacher's distributions of the next token. Ctrl-C saves a
+    checkpoint and stops; the same command with --resume goes on.
+
+    Examples:
+      skylar distill --model runs/small --teacher runs/chat --data chats.jsonl --out runs/s
+      skylar distill --model runs/small --teacher runs/chat --data chats.jsonl --out runs/own \\
+        --on_policy 1 --distill.divergence reverse_kl --rollout.n 4
+      skylar distill --model runs/small --teacher smollm2 --data chats.jsonl --out runs/texts \\
+        --writer teacher --distill.divergence none --distill.ce_weight 1
+      skylar distill --config runs/s/config.yaml --resume
     """
     return run_stage_command(config)

@@ -8,6 +8,7 @@ __all__ = ['ROLE_NAMES', 'FORMATS', 'BadRows', 'data_files', 'read_rows', 'Conve
 
 # %% ../../nbs/library/chat_rows.ipynb #fa8cd1a7
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from ..utils.checks import check_choice
 class BadRows:
     """Rows that cannot be used: counted, named by file and line; refused or skipped.
 
-    `add` for each; `close` once all rows are read, which raises a `ValueError` that names the
-    first ones if the policy is `refuse`."""
+    `add` for each; `close` once all rows are read: it names the first ones, in a `ValueError`
+    if the policy is `refuse`, else in a warning."""
 
     def __init__(
         self, policy: str = "refuse", shown: int = 3,
@@ -29,6 +30,7 @@ class BadRows:
     ):
         self.policy = check_choice("bad_rows", policy, ("refuse", "skip"))
         self.shown, self.at_once, self.found, self.n_rows = shown, at_once, [], 0
+        self.reported = 0  # of `found`
 
     def add(self, where: str, reason: str) -> None:
         if self.at_once:
@@ -50,9 +52,13 @@ class BadRows:
                 + (f"; and {more:,} more" if more > 0 else ""))
 
     def close(self) -> None:
-        "`ValueError` if there were any and the policy is to refuse them."
-        if self.found and self.policy == "refuse":
+        "Refuse rows that were found, or say that they are left out; each time only new ones."
+        if len(self.found) == self.reported:
+            return
+        if self.policy == "refuse":
             raise ValueError(f"{self}; mend them, or leave them out with bad_rows=skip")
+        self.reported = len(self.found)
+        warnings.warn(f"{self}; they are left out", stacklevel=2)
 
 # %% ../../nbs/library/chat_rows.ipynb #650d28cf
 def _refuse_constant(name: str):

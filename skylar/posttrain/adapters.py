@@ -9,6 +9,7 @@ __all__ = ['save_adapter', 'read_adapter_config', 'load_adapter', 'save_prompt',
 # %% ../../nbs/library/adapters.ipynb #d52c575e
 import json
 from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -231,12 +232,12 @@ class AdapterConfig:
             save_adapter(model, folder, self.lora(), base)
 
 
-def open_adapted(build, adapter: dict | None, load) -> nn.Module:
-    "A model of `build()` whose weights `load(model)` reads; an adapter ends in its weights."
-    model = build()
-    if not adapter or adapter["kind"] == "none":
-        load(model)
-        return model
+def open_adapted(
+    model: nn.Module,  # as it was before its adapter was attached
+    adapter: dict,  # fields of an AdapterConfig
+    load: Callable[[nn.Module], None],  # reads weights of model and adapter
+) -> nn.Module:
+    "The model of a run, with its adapter merged into the weights."
     AdapterConfig(**adapter).attach(model)
     load(model)
     return remove(model, merged=True)

@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor
 
+from ..data.chat_rows import BadRows
 from .grpo import GRPOConfig, GRPOObjective, grpo_preparer
 from .ppo import PPOConfig, PPOObjective, ppo_preparer
 from .rollout import Example, FileTask, ReasoningGymTask, RolloutConfig
@@ -31,11 +32,11 @@ GENERATED = "reasoning-gym:"
 
 def open_task(
     data: str,  # a JSONL file, or reasoning-gym:NAME?setting=value&...
-    skip_bad: bool = False,  # rows that cannot be used: left out, or refused
+    bad: BadRows | None = None,  # of a file, as in FileTask
 ) -> Task:
     "A task from what a command line says. `ValueError` or `OSError` in one line."
     if not data.startswith(GENERATED):
-        return FileTask(data, skip_bad)
+        return FileTask(data, bad)
     name, _, query = data.removeprefix(GENERATED).partition("?")
     settings = {}
     for key, value in parse_qsl(query):
@@ -68,8 +69,8 @@ class PromptTask(FileTask):
 
     keys = ("prompt",)
 
-    def __init__(self, path: Path | str, reward: Frozen, skip_bad: bool = False):
-        super().__init__(path, skip_bad)
+    def __init__(self, path: Path | str, reward: Frozen, bad: BadRows | None = None):
+        super().__init__(path, bad)
         self.reward = reward
 
     def score(self, text: str, example: Example) -> float:
@@ -123,7 +124,7 @@ class GRPOStage(RLStage):
         objective = GRPOObjective(stage.model, config, rollouts.temperature)
         reference = self.reference() if config.beta else None
         prepare = grpo_preparer(config, reference, rollouts.temperature)
-        task = open_task(self.data, self.bad_rows == "skip")
+        task = open_task(self.data, BadRows(self.bad_rows))
         return objective, self.loader_of(stage, task, prepare), None
 
 
@@ -144,9 +145,9 @@ class PPOStage(RLStage):
         return objective, self.loader_of(stage, self.task(), prepare), None
 
     def task(self) -> Task:
-        skip = self.bad_rows == "skip"
+        bad = BadRows(self.bad_rows)
         if self.reward_model is None:
-            return open_task(self.data, skip)
+            return open_task(self.data, bad)
         from skylar.posttrain.reward_files import load_reward_model
 
-        return PromptTask(self.data, Frozen(load_reward_model(self.reward_model)), skip)
+        return PromptTask(self.data, Frozen(load_reward_model(self.reward_model)), bad)

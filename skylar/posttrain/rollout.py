@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['on_device', 'reading', 'Rollout', 'left_padded', 'check_unsharded', 'by_uniform', 'draw', 'rollout', 'Example',
-           'Task', 'ReasoningGymTask', 'final_answer', 'read_example', 'FileTask', 'RolloutConfig', 'prompt_ids',
-           'scored_rollouts', 'own_uniforms', 'shuffled', 'loader_state', 'load_loader_state', 'RolloutLoader']
+           'Task', 'ReasoningGymTask', 'final_answer', 'FileTask', 'RolloutConfig', 'prompt_ids', 'scored_rollouts',
+           'own_uniforms', 'shuffled', 'loader_state', 'load_loader_state', 'RolloutLoader']
 
 # %% ../../nbs/library/rollout.ipynb #b3906d10
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.chat_rows import BadRows, read_rows
 from ..inference.generate import open_session, wants_fused
 from ..inference.sampling import MIN_TEMPERATURE, adjust_logits, argmax
 from ..inference.sampling import check_sampling, inference_mode
@@ -232,37 +232,24 @@ def final_answer(text: str) -> str:
     return (lines[0] if found else lines[-1]) if lines else ""
 
 # %% ../../nbs/library/rollout.ipynb #b270c304
-def read_example(line: str, where: str, keys=("prompt", "answer")) -> Example:
-    "One row of a task's file. `ValueError` that names file and line for a bad one."
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON ({error.msg})") from None
-    for key in keys:
-        value = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: {key!r} is missing, empty or no text")
-    return Example(row["prompt"], row.get("answer"))
-
-
 class FileTask:
-    "A JSONL file of `prompt` and `answer`; a text is right if its final answer is equal."
+    "Rows of `prompt` and `answer`; a text is right if its final answer is equal."
 
     keys = ("prompt", "answer")  # what every row has
 
-    def __init__(self, path: Path | str, skip_bad: bool = False):
-        self.examples, self.bad = [], []
-        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                self.examples.append(read_example(line, f"{path}:{number}", self.keys))
-            except ValueError as error:
-                if not skip_bad:
-                    raise
-                self.bad.append(str(error))
+    def __init__(self, path: Path | str,  # a .jsonl or .json file, or a folder of them
+                 bad: BadRows | None = None):  # counts bad rows; None: the first is an error
+        self.examples, bad = [], bad or BadRows(at_once=True)
+        for where, row in read_rows(path, bad):
+            texts = {key: row.get(key) for key in self.keys}
+            empty = [k for k, v in texts.items() if not isinstance(v, str) or not v.strip()]
+            if empty:
+                bad.add(where, f"{empty[0]!r} is missing, empty or no text")
+            else:
+                self.examples.append(Example(row["prompt"], row.get("answer")))
+        bad.close()
         if not self.examples:
-            raise ValueError(f"{path} holds no example; give lines of prompt and answer")
+            raise ValueError(f"{path} holds no example; give rows of prompt and answer")
 
     def __len__(self) -> int:
         return len(self.examples)

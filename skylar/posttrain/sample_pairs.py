@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from ..data.chat_rows import BadRows
 from .preference import best_and_worst
 from .rl_stages import check_prompts, open_task
 from .rollout import Example, RolloutConfig, Task, own_uniforms, prompt_ids
@@ -108,7 +109,7 @@ class PairsConfig:
 
     def make(self) -> None:
         "Sample on all processes, write on one."
-        task = open_task(self.data, self.bad_rows == "skip")
+        task = open_task(self.data, BadRows(self.bad_rows))
         device = local_device(pick_device(self.device))
         model, tokenizer, ends = open_model(self.model, device=device, dtype=torch.float32)
         check_prompts(task, tokenizer, self.rollout, model.decoder_config.max_seq_len,

@@ -99,6 +99,4 @@ def loaders(config: SFTStage, stage: Stage) -> tuple:
     eval_loader = None
     if val:
         eval_loader = ConversationLoader(val, tokenizer, shuffle=False, **shape)
-    if bad.found:
-        warnings.warn(str(bad))
     return loader, eval_loader

@@ -28,15 +28,12 @@ from ..training.monitor import Monitor, MonitorConfig
 from ..training.muon import OptimizerConfig
 from ..training.optim import ScheduleConfig
 from ..training.run import FREE, LOCK, LoaderConfig, RunResult
-from ..training.run import build_config, check_context, check_device, check_out
-from ..training.run import check_space, fetch_run, flat, has_checkpoint, open_model
+from ..training.run import check_context, check_out, check_space, check_start
+from ..training.run import fetch_run, flat, has_checkpoint, open_model
 from ..training.run import record_of, run_metadata, stored, uploading, write_description
-from ..training.trackers import check_trackers
 from ..training.trainer import TrainConfig, Trainer
-from ..utils.devices import pick_device
 from ..utils.files import directory_lock
-from ..utils.processes import is_main_process, join_processes, local_device
-from ..utils.processes import on_main, rank_and_size, restart_count
+from ..utils.processes import is_main_process, on_main, rank_and_size
 from ..utils.remote import is_remote
 
 # %% ../../nbs/library/stages.ipynb #ce267d78
@@ -134,15 +131,7 @@ def open_frozen(
 # %% ../../nbs/library/stages.ipynb #b5b5e9d4
 def check_stage(config: StageConfig) -> StageConfig:
     "The config to train with, once all is checked that needs neither model nor data."
-    if restart_count():
-        config = replace(config, resume=True)
-    if config.minutes is not None:
-        train = build_config(TrainConfig, vars(config.train) | {"minutes": config.minutes})
-        config = replace(config, train=train, minutes=None)
-    check_trackers(config.monitor.trackers)
-    check_device(config.train.device, "train.device")
-    join_processes(local_device(pick_device(config.train.device)))
-    config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
+    config = check_start(config)
     if is_remote(config.model):
         raise ValueError(f"model={config.model!r} must be a folder of this machine or a hub "
                          "id; fetch it first")

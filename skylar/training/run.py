@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FREE', 'LOCK', 'CorpusConfig', 'StreamConfig', 'LossConfig', 'LoaderConfig', 'SampleConfig', 'RunConfig',
            'build_config', 'check_device', 'check_context', 'check_vocabulary', 'check_space', 'stored', 'flat',
-           'check_same', 'has_checkpoint', 'has_metrics', 'is_half_made', 'check_out', 'Run', 'prepare_run', 'model_of',
-           'fetch_run', 'open_run_data', 'check_sampling', 'make_data', 'check_same_data', 'RunResult', 'train',
-           'uploading', 'write_description', 'save_tokenizer', 'run_metadata', 'record_of', 'metadata_of', 'save_run',
-           'run_summary', 'result_summary', 'is_finished', 'load_run', 'trained_model', 'run_tokenizer', 'is_run',
-           'open_model', 'tokenizer_rules', 'evaluate_run']
+           'check_same', 'has_checkpoint', 'has_metrics', 'is_half_made', 'check_out', 'Run', 'check_start',
+           'prepare_run', 'model_of', 'fetch_run', 'open_run_data', 'check_sampling', 'make_data', 'check_same_data',
+           'RunResult', 'train', 'uploading', 'write_description', 'save_tokenizer', 'run_metadata', 'record_of',
+           'metadata_of', 'save_run', 'run_summary', 'result_summary', 'is_finished', 'load_run', 'trained_model',
+           'run_tokenizer', 'is_run', 'open_model', 'tokenizer_rules', 'evaluate_run']
 
 # %% ../../nbs/library/runs.ipynb #c002
 import json
@@ -20,6 +20,7 @@ import textwrap
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -375,10 +376,8 @@ class Run:
         return Trainer(objective, self.loader("train"), config, **options)
 
 # %% ../../nbs/library/runs.ipynb #c026
-def prepare_run(config: RunConfig) -> Run:
-    """Check everything, cheapest first. Data that is missing is made, if a corpus is
-    named. Raises `ValueError` or `OSError`, before anything is trained or written.
-    After a restart by `torchrun --max-restarts` the run is resumed."""
+def check_start(config):  # a RunConfig, or the config of a stage
+    "The config to start with, once trackers, device and processes are known to be there."
     if restart_count():
         config = replace(config, resume=True)
     if config.minutes is not None:
@@ -388,6 +387,14 @@ def prepare_run(config: RunConfig) -> Run:
     check_device(config.train.device, "train.device")
     join_processes(local_device(pick_device(config.train.device)))
     config.parallel.data_ranks(*rank_and_size())  # refuses what does not divide
+    return config
+
+
+def prepare_run(config: RunConfig) -> Run:
+    """Check everything, cheapest first. Data that is missing is made, if a corpus is
+    named. Raises `ValueError` or `OSError`, before anything is trained or written.
+    After a restart by `torchrun --max-restarts` the run is resumed."""
+    config = check_start(config)
     check_sampling(config)
     if config.init is None:  # else its context is known once it is open
         context = get_config(config.preset, config.family, **config.model).max_seq_len
@@ -660,15 +667,14 @@ def load_run(
 
 def trained_model(folder: Path | str, config, adapter: dict | None) -> CausalLM:
     "The model of a checkpoint; what an adapter has learned is merged into its weights."
+    model, load = CausalLM(config), partial(load_weights, folder)
     if adapter and adapter["kind"] != "none":
         # the one import of a floor above, an exception in pyproject.toml: whoever opens a
         # run need not know how it was trained
         from skylar.posttrain.adapters import open_adapted
 
-        return open_adapted(lambda: CausalLM(config), adapter,
-                            lambda model: load_weights(folder, model))
-    model = CausalLM(config)
-    load_weights(folder, model)
+        return open_adapted(model, adapter, load)
+    load(model)
     return model
 
 
