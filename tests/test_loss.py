@@ -290,3 +290,20 @@ def test_labels_that_are_not_shifted_are_noticed():
 def test_a_batch_without_what_it_needs_is_named(bad, line):
     with pytest.raises(ValueError, match=line):
         NextTokenObjective(Stub()).check_batch(bad)
+
+
+@pytest.mark.parametrize("tile", [(1, 7), (5, 64), (256, 97)])
+def test_the_numbers_do_not_depend_on_the_tile(tile):
+    """A plan for a GPU takes its tiles on a CPU."""
+    torch.manual_seed(0)
+    labels = torch.randint(0, 97, (40,)).masked_fill(torch.arange(40) % 7 == 0, -100)
+
+    def grads(**options):
+        torch.manual_seed(1)
+        h = torch.randn(40, 16, dtype=torch.double, requires_grad=True)
+        w = torch.randn(97, 16, dtype=torch.double, requires_grad=True)
+        loss, _ = linear_cross_entropy(h, w, labels, chunk=16, z_loss=0.1, **options)
+        return loss, *torch.autograd.grad(loss, (h, w))
+
+    for a, b in zip(grads(tile=tile), grads()):
+        torch.testing.assert_close(a, b)

@@ -144,6 +144,7 @@ def linear_cross_entropy(
     softcap: float | None = None,  # logits become softcap * tanh(logits / softcap)
     ignore_index: int = -100,  # rows with this label count for nothing
     reduction: str = "sum",  # or none: (N,) losses, computed again in backward
+    tile: tuple[int, int] | None = None,  # rows, columns at a time; None: the device's
 ) -> tuple[Tensor, Tensor]:  # loss (fp32), number of rows that counted
     "Cross-entropy of `hidden @ weight.T` without ever holding the (N, V) logits."
     loss_fn = _FUNCTIONS[check_choice("reduction", reduction, _FUNCTIONS)]
@@ -156,14 +157,12 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     weights = rows[:, None].to(torch.promote_types(dtype, torch.float32))  # (N, 1)
     # on a CPU, tiles that stay in its cache; elsewhere they would be many small kernels
-    tile = (16, 2048) if eager else (256, len(weight))
+    tile = tile or ((16, 2048) if eager else (256, len(weight)))
     loss = loss_fn.apply(
         hidden, weight, labels[:, None], weights, dtype, chunk, tile, z_loss, softcap)
     if reduction == "none" and eager:  # back to where the rows were
         loss = loss.new_zeros(valid.shape).masked_scatter(valid, loss)
     return loss, valid.sum()
-
-
 
 # %% ../../nbs/01_gqa_rope/12_fused_loss.ipynb #c047
 def cross_entropy(

@@ -65,6 +65,8 @@ def build_step(config: RunConfig, ledger=None, gpu: bool = False) -> TrainStep:
     if gpu:
         model.set_attention_backend("sdpa")  # as on a GPU; a CPU may choose another
     objective, parallel = NextTokenObjective(model), config.parallel
+    if gpu:  # the fused loss works in larger tiles there
+        objective.options["tile"] = 256, model.decoder_config.vocab_size
     if ledger is not None and not sharded:
         objective.to = lambda device: objective  # fake tensors are everywhere already
         if dist.is_initialized():  # DDP's buckets: a copy of all gradients
