@@ -277,7 +277,7 @@ def message(error: dict) -> str:
         marked = [ANSI.sub("", line) for line in lines if "-> " in ANSI.sub("", line)]
         failed = re.sub(r"^-+> *\d* *", "", marked[-1]).strip() if marked else "an assertion"
         text = f"`{failed}` does not hold"
-    text = re.sub(r"^not yet\W+", "", text)
+    text = re.sub(r"^not yet[:,\s]*", "", text)
     return text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
 
 

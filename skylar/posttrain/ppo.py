@@ -114,7 +114,7 @@ class PPOConfig:
     "Settings of PPO; the defaults are TRL's."
 
     kl_coef: float = 0.05  # price of the KL divergence to the model at the start
-    kl_estimator: str = "k1"  # or k3
+    kl_estimator: str = "k1"  # or k3, whose gradient is not that of KL
     kl_target: float | None = None  # nats a completion: the price follows; None: fixed
     kl_horizon: int = 10_000  # completions, of each update, over which it follows
     clip: float = 0.2  # epsilon of the ratio
