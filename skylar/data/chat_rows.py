@@ -48,7 +48,8 @@ class BadRows:
             return f"all {self.n_rows:,} rows can be used"
         first = "; ".join(f"{where}: {why}" for where, why in self.found[: self.shown])
         more = len(self.found) - self.shown
-        return (f"{len(self.found):,} of {self.n_rows:,} rows cannot be used: {first}"
+        of = f" of {self.n_rows:,}" if self.n_rows else ""  # 0: they came from no file
+        return (f"{len(self.found):,}{of} rows cannot be used: {first}"
                 + (f"; and {more:,} more" if more > 0 else ""))
 
     def close(self) -> None:
