@@ -294,12 +294,16 @@ from faults_worker import build
 import skylar.training.checkpoint as checkpoint
 write = checkpoint.write_named_tensors
 def slow(*args, **kwargs):
+    end = time.monotonic() + 30
+    while trainer.progress.step <= 50 and time.monotonic() < end:
+        time.sleep(0.01)  # the run goes on while this save has not ended
     print("writing", flush=True)
     time.sleep(2)
     write(*args, **kwargs)
 checkpoint.write_named_tensors = slow
 trainer = build(Path(sys.argv[1]), 100_000, save_every=50, async_save=True)
 trainer.train()
+print(trainer.progress.step)
 sys.exit(128 + trainer.interrupted)
 """
 
@@ -315,8 +319,9 @@ def test_a_signal_during_a_background_save_saves_that_step_within_30_s(tmp_path,
     start = time.monotonic()
     assert child.wait(timeout=60) == 128 + number
     assert time.monotonic() - start < 30
+    stopped_at = int(child.stdout.read().split()[-1])
     found = find_checkpoint(tmp_path)
-    assert found.name > "step-000050"
+    assert stopped_at > 50 and found.name == f"step-{stopped_at:06d}"
     load_weights(found, build(None, 4).model)
 
 
