@@ -3177,6 +3177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'skylar/training/distributed.py'),
                                              'skylar.training.distributed.frees_blocks': ( '01_gqa_rope/distributed.html#frees_blocks',
                                                                                            'skylar/training/distributed.py'),
+                                             'skylar.training.distributed.joins_blocks': ( '01_gqa_rope/distributed.html#joins_blocks',
+                                                                                           'skylar/training/distributed.py'),
                                              'skylar.training.distributed.refuse_without_autocast': ( '01_gqa_rope/distributed.html#refuse_without_autocast',
                                                                                                       'skylar/training/distributed.py'),
                                              'skylar.training.distributed.shard': ( '01_gqa_rope/distributed.html#shard',

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import launch
 
-from skylar.training.distributed import ParallelConfig, frees_blocks, recompute
+from skylar.training.distributed import ParallelConfig, frees_blocks, joins_blocks, recompute
 from skylar.training.metrics import CLOCK_FIELDS
 from skylar.training.trainer import check_ranks
 from skylar.utils.processes import Ranks, place
@@ -52,6 +52,8 @@ def test_tensor_parallel_with_biases_and_learned_positions(tmp_path):
     (1, {"recompute": True}),
     (2, {"strategy": "ddp"}),
     (2, {"strategy": "fsdp"}),
+    (2, {"strategy": "fsdp", "recompute": True}),
+    (2, {"strategy": "fsdp", "reshard": False}),
     (2, {"strategy": "fsdp", "reshard": True, "recompute": True}),
     (2, {"tensor": 2}),
     (4, {"replicas": 2}),
@@ -163,3 +165,11 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_
 def test_small_models_keep_gathered_blocks(reshard, numel, freed):
     block = torch.nn.Linear(numel, 1, bias=False, device="meta")
     assert frees_blocks(ParallelConfig(reshard=reshard), block) is freed
+
+
+@pytest.mark.parametrize("settings, numel, joined", [
+    ({}, 2**24, True), ({}, 2**24 + 1, False), ({"reshard": False}, 1, False),
+    ({"reshard": True}, 1, False), ({"gather_dtype": "bfloat16"}, 1, False)])
+def test_small_models_travel_in_one_message(settings, numel, joined):
+    block = torch.nn.Linear(numel, 1, bias=False, device="meta")
+    assert joins_blocks(ParallelConfig(**settings), block) is joined

@@ -25,7 +25,7 @@ from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
 
 # %% auto #0
-__all__ = ['PLAN', 'KEPT', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'frees_blocks', 'blocks_of', 'split_stack', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
+__all__ = ['PLAN', 'KEPT', 'JOINED', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'blocks_of', 'frees_blocks', 'joins_blocks', 'split_stack', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8eb020ba
 class WithIdle(nn.Module):
@@ -117,35 +117,43 @@ def share_matrices(model: nn.Module, mesh: DeviceMesh) -> list[nn.Parameter]:
     return partial_gradients
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #ed928da9
-KEPT = 2**28  # bytes of gathered blocks that cost less than gathering them again
-
-def frees_blocks(config: ParallelConfig, blocks: nn.Module) -> bool:
-    "Whether a block's weights go after its forward pass, to be gathered again."
-    if config.reshard is not None:
-        return config.reshard
-    return sum(p.numel() * p.itemsize for p in blocks.parameters()) > KEPT
-
 def blocks_of(objective: nn.Module) -> nn.ModuleList:
     "The model's, and those that an objective adds."
     return nn.ModuleList(m for m in objective.modules() if isinstance(m, Block))
 
+KEPT = 2**28  # bytes of gathered blocks that cost less than gathering them again
+JOINED = 2**26  # bytes of blocks that cost less in one message than in many
+
+def frees_blocks(config: ParallelConfig, blocks: nn.ModuleList) -> bool:
+    "Whether a block's weights go after its forward pass, to be gathered again."
+    size = sum(p.numel() * p.itemsize for p in blocks.parameters())
+    return size > KEPT if config.reshard is None else config.reshard
+
+def joins_blocks(config: ParallelConfig, blocks: nn.ModuleList) -> bool:
+    "Whether blocks are gathered, and their gradients added, with all the rest."
+    size = sum(p.numel() * p.itemsize for p in blocks.parameters())
+    if config.reshard is not None or config.gather_dtype != "float32":
+        return False  # asked for block by block
+    return size <= JOINED
+
+# %% ../../nbs/01_gqa_rope/17_distributed.ipynb #5d1c07aa
 def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
     "Of a stack of matrices (02_moe) a rank gets whole ones, or else rows of each."
     usual = p.ndim < 3 or len(p) % shards == 0 or p.shape[1] % shards
     return None if usual else Shard(1)  # None: dimension 0
 
 def shard(objective: nn.Module, mesh: DeviceMesh, config: ParallelConfig) -> None:
-    "FSDP2 for every block, then for the rest: embedding, last norm and head."
+    "FSDP2 for every block, then for the rest: embedding, last norm and head (or all)."
     share = partial(fully_shard, mesh=mesh)
     split = partial(split_stack, shards=mesh.size(mesh.ndim - 1))
     policy, blocks = block_policy(config.gather_dtype), blocks_of(objective)
     free = frees_blocks(config, blocks)
-    for block in blocks:
+    for block in [] if joins_blocks(config, blocks) else blocks:
         share(block, reshard_after_forward=free, mp_policy=policy,
               shard_placement_fn=split)
     if config.gather_dtype != "float32":
         objective.register_forward_pre_hook(refuse_without_autocast)
-    share(objective, reshard_after_forward=False)  # backward begins with them
+    share(objective, reshard_after_forward=False, shard_placement_fn=split)
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #8cb50c54
 class ShardedRun:
@@ -216,7 +224,7 @@ class ParallelConfig:
     replicas: int = 1  # fsdp: copies of the model, each sharded over own ranks (HSDP)
     experts: int = 1  # fsdp: ranks that share the experts of each layer (02_moe/04)
     tensor: int = 1  # ranks that share every matrix (tensor parallel)
-    reshard: bool | None = None  # fsdp: free gathered blocks (ZeRO-3); null: > 256 MB
+    reshard: bool | None = None  # fsdp: free gathered blocks (ZeRO-3); null: by size
     gather_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: of whole blocks
     recompute: bool = False  # activation checkpointing: a block's activations twice
     compile_blocks: bool = False  # torch.compile, block by block
