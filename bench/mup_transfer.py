@@ -2,7 +2,7 @@
 
     python bench/mup_transfer.py adamw     # widths 32 to 256: standard and muP
     python bench/mup_transfer.py muon      # widths 32 to 256: the same, and Muon's other scale
-    python bench/mup_transfer.py depth     # 2 to 16 blocks: standard, muP and CompleteP
+    python bench/mup_transfer.py depth     # 2 to 32 blocks: standard and CompleteP
     python bench/mup_transfer.py adamw --family mixtral      # a router and 8 experts, 2 a token
     python bench/mup_transfer.py adamw --family deepseek_v3  # latents, shared and routed experts
     python bench/mup_transfer.py adamw --seeds 2 --steps 20 --sizes 32 64 --dry   # a look
@@ -66,7 +66,7 @@ ARMS = {  # name -> sizes, arms: optimizer and parameterization
     "muon": ((32, 64, 128, 256), {
         "standard": (muon, MupConfig()), "muP": (muon, WIDE),
         "standard, original scale": (muon_original, MupConfig())}),
-    "depth": ((2, 4, 8, 16), {
+    "depth": ((2, 4, 8, 16, 32), {
         "standard": (adamw, MupConfig()), "CompleteP": (adamw, BOTH)}),
 }
 

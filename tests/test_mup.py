@@ -328,6 +328,16 @@ def test_the_stored_sweeps_show_what_the_lesson_says(name, n_wider):
         assert min(ks) <= row["best"] - 2 and max(ks) >= row["best"] + 2
 
 
+def test_the_stored_sweep_over_depth_shows_what_the_lesson_says():
+    rows = json.loads((RESULTS / "mup_transfer_depth.json").read_text())["rows"]
+    standard, complete = ([r for r in rows if r["arm"] == arm] for arm in ("standard", "CompleteP"))
+    assert [r["size"] for r in standard] == [r["size"] for r in complete] == [2, 4, 8, 16, 32]
+    assert {r["best"] for r in complete} == {complete[0]["best"]}
+    assert standard[-1]["shift"] + standard[-1]["interval"] < 0
+    best = [sum(r["bits_per_byte"][str(r["best"])]) / 4 for r in (standard[-1], complete[-1])]
+    assert best[1] < best[0] - 0.1
+
+
 @pytest.mark.parametrize(("family", "bound"), [("mixtral", 0.05), ("deepseek_v3", 0.1)])
 def test_the_best_rate_of_sparse_families_transfers(family, bound):
     """What the smallest model's rate costs the widest, in bits: little under muP, and only there.
