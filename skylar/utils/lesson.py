@@ -183,7 +183,7 @@ class Workers:
             env=os.environ | {name: str(value) for name, value in told.items()},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
         threading.Thread(target=_forward_answers, daemon=True,
-                         args=(rank, process.stdout, log, self.answers)).start()
+                         args=(rank, process, log, self.answers)).start()
         return process
 
     def _send(self, sources: list[str], name: str | None, args: tuple) -> list:
@@ -208,15 +208,16 @@ def _source(function: Callable) -> str:
     return textwrap.dedent(inspect.getsource(function))
 
 
-def _forward_answers(rank: int, pipe, log, answers: queue.Queue) -> None:
+def _forward_answers(rank: int, process, log, answers: queue.Queue) -> None:
     "What a process answers, until it ends; in a thread, so that none has to wait."
     while True:
         try:
-            answers.put((rank, *pickle.load(pipe)))
+            answers.put((rank, *pickle.load(process.stdout)))
         except (EOFError, pickle.UnpicklingError):
             log.seek(0)
             last = log.read().decode(errors="replace")[-2000:]
-            return answers.put((rank, None, "", f"the process has ended; {last}"))
+            ended = f"the process has ended with exit code {process.wait()}; {last}"
+            return answers.put((rank, None, "", ended))
 
 
 def _serve() -> None:
