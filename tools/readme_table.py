@@ -291,6 +291,15 @@ def posttrain_rows() -> Iterator[list[str]]:
                    f"{row['theirs_peak_mb']:,.0f} MB (TRL)", f"{row['share_of_memory']:.0%}", "60%"]
 
 
+def distill_rows() -> Iterator[list[str]]:
+    "Memory that a distillation step adds, beside both of TRL's losses."
+    ours, *theirs = result("distill_memory")["rows"]
+    for row in theirs:
+        yield [f"distillation step at a vocabulary of 49,152: added memory ({row['side']})",
+               f"{ours['peak_mb']:,.0f} MB", f"{row['peak_mb']:,.0f} MB (TRL)",
+               f"{row['ours_over_theirs_mb']:.0%}", "60%"]
+
+
 SOURCES = {  # what is measured, its script -> its rows
     ("training step, qwen3", "train_step.py"): lambda: training_rows("qwen3"),
     ("training step, gpt2", "train_step.py"): lambda: training_rows("gpt2"),
@@ -306,6 +315,7 @@ SOURCES = {  # what is measured, its script -> its rows
     ("checkpoints", "checkpoints.py"): checkpoint_rows,
     ("Muon's share of a step", "muon.py"): muon_rows,
     ("post-training of SmolLM2-135M", "posttrain.py"): posttrain_rows,
+    ("distillation", "distill_memory.py"): distill_rows,
     ("batches from disk", "loader.py"): loader_rows,
     ("corpus to shards", "tokenize.py"): tokenize_rows,
 }
