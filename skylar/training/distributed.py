@@ -23,6 +23,7 @@ from ..layers.block import Block
 from ..utils.checks import check_choice, check_int
 from ..utils.processes import Ranks, SingleProcess, join_processes
 from ..utils.processes import launched_world_size, place, rank_and_size
+from ..utils.recompute import Recomputed, recompute
 
 # %% auto #0
 __all__ = ['PLAN', 'KEPT', 'JOINED', 'WithIdle', 'CopiedRun', 'block_policy', 'refuse_without_autocast', 'share_input', 'share_matrices', 'blocks_of', 'frees_blocks', 'joins_blocks', 'split_stack', 'shard', 'ShardedRun', 'check_parallel', 'apply_parallel', 'ParallelConfig', 'expert_mesh', 'shard_experts', 'ExpertRun']
@@ -71,9 +72,6 @@ def refuse_without_autocast(objective: nn.Module, args) -> None:
     if not torch.is_autocast_enabled(device):
         raise ValueError("gather_dtype='bfloat16' is for training in bf16: give "
                          "train.dtype='bfloat16', or gather in float32")
-
-# %% ../../nbs/01_gqa_rope/17_distributed.ipynb #c7ec9e05
-from ..utils.recompute import Recomputed, recompute
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #b14db1ee
 PLAN = {  # by columns: each rank its heads or units; by rows: sums over ranks follow
