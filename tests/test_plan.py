@@ -36,7 +36,8 @@ from skylar.utils.accelerators import ACCELERATORS, find_accelerator
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "# mesh:" in p.read_text())
-SPARSE = {"mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "deepseek-v3"}
+SPARSE = {"mixtral-8x7b", "qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "gpt-oss-120b",
+          "deepseek-v3", "kimi-k2"}
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 
 
