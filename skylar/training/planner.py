@@ -319,9 +319,10 @@ def resident_peak(config: RunConfig) -> int:
     take_two_steps(tiny, n)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
-    before = _status("VmRSS")
+    before, mapped = _status("VmRSS"), _status("RssFile")
     take_two_steps(config, n)
-    peak = _status("VmHWM") - before
+    # pages of libraries that the system had dropped, and read again, are not the run's
+    peak = _status("VmHWM") - before - max(0, _status("RssFile") - mapped)
     gc.collect()
     leave_processes()
     return peak
