@@ -1,10 +1,7 @@
 """Plans: simulated steps against real ones, meshes, remedies, recipes, the command."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,38 +143,6 @@ def test_accumulation_keeps_gradients_while_the_next_micro_batch_runs():
 def test_within_ten_percent_of_measured_memory(config):
     memory, = predict([(config, 1)], gpu=False)
     assert peak(memory) == pytest.approx(measure(config)[0], rel=0.1)
-
-
-DROPPING = """
-import ctypes, gc, sys, types
-sys.path.insert(0, {here!r})
-from test_plan import run
-import skylar.training.planner as planner
-
-def drop():  # the code of PyTorch's libraries; it is read again from the file when it is needed
-    gc.collect()
-    for line in open("/proc/self/maps"):
-        fields = line.split()
-        if len(fields) > 5 and fields[1] == "r-xp" and "libtorch" in fields[5]:
-            start, end = (int(x, 16) for x in fields[0].split("-"))
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 4)
-
-if {drops}:
-    planner.gc = types.SimpleNamespace(collect=drop)
-print(planner.resident_peak(run(B=16, T=256, blocks=4, model={{"d_model": 192, "d_head": 48}})))
-"""
-
-
-@linux
-def test_pages_of_libraries_that_the_system_takes_away_are_not_memory_of_the_run():
-    """A machine that reclaims idle pages takes them during a test: they come back in the run."""
-    found = []
-    for drops in (False, True):
-        code = DROPPING.format(here=str(Path(__file__).parent), drops=drops)
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        found.append(int(done.stdout.split()[-1]))
-    assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
 @linux

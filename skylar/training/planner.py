@@ -319,10 +319,9 @@ def resident_peak(config: RunConfig) -> int:
     take_two_steps(tiny, n)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark
-    before, mapped = _status("VmRSS"), _status("RssFile")
+    before = _status("VmRSS")
     take_two_steps(config, n)
-    # pages of libraries that the system had dropped, and read again, are not the run's
-    peak = _status("VmHWM") - before - max(0, _status("RssFile") - mapped)
+    peak = _status("VmHWM") - before
     gc.collect()
     leave_processes()
     return peak
