@@ -12,7 +12,7 @@ import torch.distributed as dist
 import yaml
 
 from skylar.cli import main
-from skylar.models.decoder import count_parameters, flops_per_token
+from skylar.models.decoder import active_parameters, count_parameters, flops_per_token
 from skylar.models.presets import DENSE, get_config
 from skylar.training.distributed import ParallelConfig
 from skylar.training.plan import MemoryLedger, ScalingLaw, fit_scaling_law, training_hours
@@ -246,6 +246,20 @@ def test_there_is_a_recipe_for_every_preset_and_the_stored_plans_are_of_it():
         assert row["fits"] and row["batch"] == config.loader.batch_size
         assert f"# mesh: {row['gpus']} x {row['gpu']}" in presets[row["preset"]].read_text()
         assert row["tokens"] >= 20 * row["parameters"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_says_what_it_is(path):
+    """Its first line: parameters, those that a token uses, tokens a step."""
+    line, config = path.read_text().splitlines()[0], build_config(
+        RunConfig, yaml.safe_load(path.read_text()))
+    model = model_config(config)
+    counts = [count_parameters(model), active_parameters(model)]
+    said = [float(n.replace(",", "")) * {"M": 1e6, "B": 1e9}[unit]
+            for n, unit in re.findall(r"([\d,.]+)([MB])\b", line)]
+    assert said and said == pytest.approx(counts[:len(said)], rel=0.01), counts
+    step = config.loader.batch_size * config.loader.seq_len * config.train.grad_accum_steps
+    assert f"{step:,} tokens a step" in line
 
 
 @pytest.mark.slow

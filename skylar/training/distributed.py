@@ -124,15 +124,13 @@ JOINED = 2**26  # bytes of blocks that cost less in one message than in many
 
 def frees_blocks(config: ParallelConfig, blocks: nn.ModuleList) -> bool:
     "Whether a block's weights go after its forward pass, to be gathered again."
-    size = sum(p.numel() * p.itemsize for p in blocks.parameters())
+    size = sum(p.nbytes for p in blocks.parameters())
     return size > KEPT if config.reshard is None else config.reshard
 
 def joins_blocks(config: ParallelConfig, blocks: nn.ModuleList) -> bool:
     "Whether blocks are gathered, and their gradients added, with all the rest."
-    size = sum(p.numel() * p.itemsize for p in blocks.parameters())
-    if config.reshard is not None or config.gather_dtype != "float32":
-        return False  # asked for block by block
-    return size <= JOINED
+    by_block = config.reshard is not None or config.gather_dtype != "float32"
+    return not by_block and sum(p.nbytes for p in blocks.parameters()) <= JOINED
 
 # %% ../../nbs/01_gqa_rope/17_distributed.ipynb #5d1c07aa
 def split_stack(p: nn.Parameter, shards: int) -> Shard | None:
