@@ -1,4 +1,4 @@
-"""PPO on a model of 6 million parameters: lines of ten syllables, with and without a price of KL.
+"""PPO on a model of 6.9 million parameters: lines of ten syllables, with and without a price of KL.
 
 The `test` preset with SmolLM2's tokenizer learns the plays; then PPO asks for verse: the score of
 a text is the share of its whole lines with 9 to 11 syllables (groups of vowels), 0 without a
